@@ -1,0 +1,442 @@
+"""toy_dataset.py - the little language that all three transformers in this repository learn.
+
+Whole numbers below a million, written as digits, and their English names, written as words:
+
+    3 4 2      <->  three hundred forty two
+    9 0 2 1 0  <->  ninety thousand two hundred ten          (no "and", no hyphens)
+
+Why this language? A million sentences, all of them known, every answer right or wrong: so nothing about a model
+has to be taken on trust. It is small enough to learn in seconds on two CPU cores, and it still has what makes
+real language hard:
+
+    variable length      7 is one digit and one word, 777777 is six digits and nine words
+    word order           "two thousand ten" is 2 0 1 0: the zeros are heard only in what is not said
+    left context         "two" is 2, or 200, or 2000: that depends on where in the name it stands
+    right context        "six hundred ..." is 600, or 600000 if a "thousand" follows further on
+
+The models train on 10,000 numbers, 1% of the language, and are tested on the rest. Whoever gets those right has
+not memorized names, but learned how names are made.
+
+Three kinds of work can be done in this language, and each is what one family of transformers was made for:
+
+    understand   say what each digit is worth:  3 4 2 -> hundreds, tens, ones        (encoder_only.py)
+    generate     name a new number out of nothing                                    (decoder_only.py)
+    transform    read digits, write words                                            (encoder_decoder.py)
+
+Run `python toy_dataset.py` (a second or two): it prints the vocabulary, the splits, the same numbers as each
+architecture is fed them, and a padded batch with its mask. To play: change a constant below and run it again.
+"""
+
+import random
+import sys
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset
+
+# ======================================================================================================
+# CONSTANTS
+# ======================================================================================================
+
+MAX_DIGITS = 6           # longest number, in digits: 6 is "below a million". Try 9 (million) or 12 (billion).
+NUM_TRAIN = 10_000       # numbers to learn from: 1% of the language. Try 1_000: where does it stop working?
+NUM_VALIDATION = 2_000   # held out, looked at during training, to see whether it goes well
+NUM_TEST = 20_000        # held out, looked at once, at the end: the figures that count
+SEED = 1234              # decides which numbers fall into which split. Try 1235: do the results depend on luck?
+
+
+class InputError(ValueError):
+    """Something that the person at the keyboard can mend: from the shell it is shown as one sentence, no traceback.
+
+    A class of its own, so that mistakes in the code (yours, while you experiment) keep their full traceback.
+    """
+
+
+if not (isinstance(MAX_DIGITS, int) and 3 <= MAX_DIGITS <= 12):
+    sys.exit(f"toy_dataset.py: MAX_DIGITS = {MAX_DIGITS} is out of range: whole numbers from 3 to 12 work.")
+
+# ======================================================================================================
+# THE LANGUAGE: numbers <-> words
+# ======================================================================================================
+
+ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+        "seventeen eighteen nineteen").split()                       # ONES[n] names n, for n below 20
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # TENS[n] names 10 * (n + 2)
+UNITS = {"billion": 10**9, "million": 10**6, "thousand": 1000, "hundred": 100}  # large to small, as they are said
+UNITS = {word: value for word, value in UNITS.items() if value < 10**MAX_DIGITS}  # only those that can occur
+VALUES = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS, start=2)}}
+
+# What each digit is worth, counted from the right: PLACES[0] is the last digit's place.
+PLACES = ("ones tens hundreds thousands ten-thousands hundred-thousands millions ten-millions hundred-millions "
+          "billions ten-billions hundred-billions").split()[:MAX_DIGITS]
+
+
+def number_to_words(number: int) -> list[str]:
+    """The English name of a number.
+
+    >>> " ".join(number_to_words(90210))
+    'ninety thousand two hundred ten'
+    """
+    if number < 20:
+        return [ONES[number]]
+    if number < 100:
+        tens, rest = divmod(number, 10)
+        return [TENS[tens - 2]] + (number_to_words(rest) if rest else [])
+    # The largest unit that fits splits the number in two smaller ones, each named the same way:
+    # 90210 = 90 thousand + 210. A rest of zero is not said: "ninety thousand", not "ninety thousand zero".
+    unit, value = next((unit, value) for unit, value in UNITS.items() if value <= number)
+    count, rest = divmod(number, value)
+    return number_to_words(count) + [unit] + (number_to_words(rest) if rest else [])
+
+
+def words_to_number(words: list[str]) -> int:
+    """The number that a name stands for; the exact inverse of number_to_words.
+
+    Raises InputError for anything that is not the one proper name of a number ("two two", "hundred", "one zero").
+
+    >>> words_to_number("ninety thousand two hundred ten".split())
+    90210
+    """
+    total = group = 0  # `group` collects what stands before the next thousand, million, ...
+    for word in words:
+        if word == "hundred":
+            group *= 100
+        elif word in UNITS:
+            total, group = total + group * UNITS[word], 0
+        elif word in VALUES:
+            group += VALUES[word]
+        else:
+            raise InputError(f"{word!r} is not a number word. The language knows: {' '.join([*VALUES, *UNITS])}.")
+    number = total + group
+    # Adding up accepts "two ten" (12) as well; but a name is a name only if naming its number gives it back.
+    if not words or number >= 10**MAX_DIGITS or number_to_words(number) != list(words):
+        raise InputError(f"'{' '.join(words)}' is not the name of a number from 0 to {10**MAX_DIGITS - 1}.")
+    return number
+
+
+def parse_number(text: str) -> int:
+    """The number that a person typed. Raises InputError, in one sentence, for what is outside the language.
+
+    >>> parse_number("342")
+    342
+    """
+    if not (text.isascii() and text.isdigit()) or (text != "0" and text.startswith("0")):
+        raise InputError(f"{text!r} is not a number of this language: digits only, no sign, comma or leading zero.")
+    if len(text) > MAX_DIGITS:
+        raise InputError(f"{text} is too long: this language has numbers of 1 to {MAX_DIGITS} digits.")
+    return int(text)
+
+
+# ======================================================================================================
+# THE VOCABULARY: tokens <-> ids
+# ======================================================================================================
+
+# A model sees neither digits nor words, only ids: row numbers of its embedding table. Digits and words share ONE
+# table, so that a token means the same wherever it stands: in a source, in a target, before or after a <SEP>.
+SPECIAL_TOKENS = [
+    "<PAD>",   # fills short sequences up to the batch's longest; attention never looks at it, the loss never counts it
+    "<SOS>",   # start of sequence: what a decoder is given before it has written anything
+    "<EOS>",   # end of sequence: how a model says "I am done"
+    "<CLS>",   # "classify": the position whose output stands for the whole sequence (BERT)
+    "<SEP>",   # separates the digits from their name
+    "<MASK>",  # "what stood here?" (BERT)
+]
+DIGITS = list("0123456789")
+WORDS = [*VALUES, *reversed(UNITS)]
+VOCABULARY = SPECIAL_TOKENS + DIGITS + WORDS
+TOKEN_TO_ID = {token: i for i, token in enumerate(VOCABULARY)}
+PAD_ID, SOS_ID, EOS_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))  # PAD_ID is 0
+
+IGNORE = -100  # the target that says "nothing is asked here"; F.cross_entropy skips it (its default ignore_index)
+
+MAX_WORDS = max(len(number_to_words(int("7" * length))) for length in range(1, MAX_DIGITS + 1))  # 777777 says it all
+
+
+def encode(tokens: list[str]) -> list[int]:
+    """Tokens -> ids. Raises InputError naming the first token that is not in the vocabulary.
+
+    >>> encode(["<SOS>", "7", "seven"])
+    [1, 13, 23]
+    """
+    for token in tokens:
+        if token not in TOKEN_TO_ID:
+            raise InputError(f"{token!r} is not in the vocabulary. Known tokens: {' '.join(VOCABULARY)}.")
+    return [TOKEN_TO_ID[token] for token in tokens]
+
+
+def decode(ids: list[int]) -> list[str]:
+    """Ids -> tokens, without the padding. The inverse of encode."""
+    return [VOCABULARY[i] for i in ids if i != PAD_ID]
+
+
+# ======================================================================================================
+# THE SPLITS: which numbers are learned from, which are held out
+# ======================================================================================================
+
+
+class Splits(NamedTuple):
+    """Three lists of numbers (or three DataLoaders over them) that share no number."""
+
+    train: list
+    validation: list
+    test: list
+
+
+def spread_evenly(total: int, capacities: list[int]) -> list[int]:
+    """Share `total` among places of limited size (small ones first), as evenly as they allow.
+
+    >>> spread_evenly(100, [10, 50, 500])     # 10 is full, the other two share the rest
+    [10, 45, 45]
+    """
+    shares = []
+    for i, capacity in enumerate(capacities):
+        shares.append(min(capacity, total // (len(capacities) - i)))
+        total -= shares[-1]
+    return shares
+
+
+@cache
+def make_splits() -> Splits:
+    """Draw the training, validation and test numbers: disjoint, from SEED, the same on every machine.
+
+    Numbers are drawn by length. Drawn blindly, nine of ten would have six digits, and short ones would hardly be seen.
+    - Everything below 100 is for training: nobody can guess "zero" or "twelve" who has never met it.
+    - Of each longer length at most half is for training, and of the rest at most half for validation, so that
+      something of every length remains for the test.
+    """
+    if NUM_TRAIN < 100 + 9 * (MAX_DIGITS - 2) or NUM_VALIDATION < 1 or NUM_TEST < 1:
+        raise InputError(f"NUM_TRAIN = {NUM_TRAIN} must be at least {100 + 9 * (MAX_DIGITS - 2)} (all numbers below 100, and a few of "
+                         f"each length), NUM_VALIDATION = {NUM_VALIDATION} and NUM_TEST = {NUM_TEST} at least 1.")
+    lengths = range(3, MAX_DIGITS + 1)
+    sizes = [9 * 10 ** (length - 1) for length in lengths]  # how many numbers of this length there are
+    train_counts = spread_evenly(NUM_TRAIN - 100, [size // 2 for size in sizes])
+    left = [size - count for size, count in zip(sizes, train_counts)]
+    validation_counts = spread_evenly(NUM_VALIDATION, [size // 2 for size in left])
+    left = [size - count for size, count in zip(left, validation_counts)]
+    test_counts = spread_evenly(NUM_TEST, left)
+
+    rng = random.Random(SEED)
+    splits = Splits(list(range(100)), [], [])
+    for length, *counts in zip(lengths, train_counts, validation_counts, test_counts):
+        # One draw without repetition, cut in three: that the pieces share no number needs no check.
+        drawn = iter(rng.sample(range(10 ** (length - 1), 10**length), sum(counts)))
+        for split, count in zip(splits, counts):
+            split.extend(next(drawn) for _ in range(count))
+    for split in splits:
+        rng.shuffle(split)  # so that split[:500] is a fair sample of all lengths
+    return splits
+
+
+# ======================================================================================================
+# THE EXAMPLES: one number, as each architecture is fed it
+# ======================================================================================================
+# An example is a dict of plain lists. "targets" stand one to one beside the positions that must predict them.
+
+
+def masked_lm_example(number: int) -> dict:
+    """BERT's two-segment input. What is to be predicted is hidden later, anew each time (encoder_only.mask_tokens).
+
+    ids      <CLS> 3 4 2 <SEP> three hundred forty two <SEP>
+    """
+    return {"ids": encode(["<CLS>", *str(number), "<SEP>", *number_to_words(number), "<SEP>"])}
+
+
+def tagging_example(number: int) -> dict:
+    """Token classification: a label for each digit, its place counted from the right (an index into PLACES).
+
+    ids      <CLS>  3  4  2  <SEP>
+    places     -    2  1  0    -                  (- is IGNORE)
+    """
+    digits = str(number)
+    return {"ids": encode(["<CLS>", *digits, "<SEP>"]), "places": [IGNORE, *reversed(range(len(digits))), IGNORE]}
+
+
+def counting_example(number: int) -> dict:
+    """Sequence classification: one label for the whole, the number of words in its name (less one, to start at 0).
+
+    ids      <CLS> 3 4 2 <SEP>
+    count    3                                    (class 3: four words)
+    """
+    return {"ids": encode(["<CLS>", *str(number), "<SEP>"]), "count": len(number_to_words(number)) - 1}
+
+
+def decoder_only_example(number: int, loss_on_prompt: bool = True) -> dict:
+    """GPT's one text, read left to right: the target of each position is the token that comes next.
+
+    ids      <SOS>  3  4   2    <SEP>   three  hundred forty  two
+    targets    3    4  2  <SEP> three  hundred  forty   two  <EOS>
+
+    With loss_on_prompt=False everything before `three` becomes IGNORE: the model then learns to translate a number
+    that it is given, but not to come up with one.
+    """
+    prompt = encode(["<SOS>", *str(number), "<SEP>"])
+    text = prompt + encode([*number_to_words(number), "<EOS>"])
+    targets = text[1:]
+    if not loss_on_prompt:
+        targets[: len(prompt) - 1] = [IGNORE] * (len(prompt) - 1)
+    return {"ids": text[:-1], "targets": targets}
+
+
+def encoder_decoder_example(number: int) -> dict:
+    """T5's two texts. The decoder's input is its own output, shifted right by one: this is teacher forcing.
+
+    source   3 4 2 <EOS>
+    target   <SOS> three   hundred forty two
+    targets  three hundred  forty   two  <EOS>
+    """
+    words = encode(number_to_words(number))
+    return {"source": encode([*str(number), "<EOS>"]), "target": [SOS_ID, *words], "targets": [*words, EOS_ID]}
+
+
+# ======================================================================================================
+# BATCHES: padding, the padding mask, DataLoaders
+# ======================================================================================================
+
+
+def pad_batch(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """Stack examples of different lengths into (B, T) tensors, short ones filled up at the right.
+
+    Token ids are filled with <PAD>, labels with IGNORE. A label that is a single number gives a (B) tensor.
+    """
+    batch = {}
+    for field, first in examples[0].items():
+        values = [torch.tensor(example[field]) for example in examples]
+        if isinstance(first, int):
+            batch[field] = torch.stack(values)  # (B)
+        else:
+            filler = IGNORE if field in ("targets", "places") else PAD_ID
+            batch[field] = pad_sequence(values, batch_first=True, padding_value=filler)  # (B, T)
+    return batch
+
+
+def make_padding_mask(ids: torch.Tensor) -> torch.Tensor:
+    """Which positions hold a real token: True = may be attended to. (B, S) -> (B, 1, 1, S).
+
+    The two 1s broadcast over heads and over queries: padding is hidden from every head at every position.
+    """
+    return (ids != PAD_ID)[:, None, None, :]
+
+
+class NumberDataset(Dataset):
+    """Numbers, turned into examples once, so that no epoch has to do it again."""
+
+    def __init__(self, numbers: list[int], make_example):
+        self.numbers = numbers
+        self.examples = [make_example(number) for number in numbers]
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return self.examples[index]
+
+
+def make_dataloaders(make_example, batch_size: int, seed: int) -> Splits:
+    """DataLoaders over the three splits: training numbers in a new order each epoch, the others always in theirs."""
+    if batch_size < 1:
+        raise InputError(f"BATCH_SIZE = {batch_size} must be at least 1; 128 works well.")
+    train, validation, test = (NumberDataset(numbers, make_example) for numbers in make_splits())
+    return Splits(
+        # A generator of its own: what else draws random numbers does not change the order, nor the order them.
+        DataLoader(train, batch_size, shuffle=True, collate_fn=pad_batch, generator=torch.Generator().manual_seed(seed)),
+        DataLoader(validation, batch_size=1000, collate_fn=pad_batch),
+        DataLoader(test, batch_size=1000, collate_fn=pad_batch),
+    )
+
+
+# ======================================================================================================
+# FOR SCRIPTS
+# ======================================================================================================
+
+
+def format_mask(mask: torch.Tensor, rows: list[str], columns: list[str]) -> str:
+    """A boolean mask as text: one row per query, `#` where it may attend, `.` where it may not. mask: (T, S)."""
+    width = max(map(len, rows))
+    height = max(map(len, columns))
+    header = [" " * (width + 2) + " ".join(c.rjust(height)[line] for c in columns) for line in range(height)]
+    body = [f"{row:>{width}}  " + " ".join("#" if cell else "." for cell in cells)
+            for row, cells in zip(rows, mask.tolist())]
+    return "\n".join(header + body)
+
+
+def run_script(main, parse_argument=None) -> None:
+    """Run main as a script: main() as it stands, or main(*arguments), each argument read by parse_argument.
+
+    What a person can mend is one line on stderr and exit status 1 (2 for a wrong argument). Ctrl-C ends with the
+    shell's status for it, 130. Everything else is a bug, and keeps its traceback.
+    """
+    try:
+        if sys.argv[1:] and parse_argument is None:
+            raise InputError("takes no arguments; what can be changed are the constants at the top of the file.")
+        arguments = [parse_argument(argument) for argument in sys.argv[1:]]
+    except InputError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(*arguments)
+    except (InputError, FloatingPointError, OSError) as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(130)
+
+
+def main():
+    """Show the language."""
+    print(f"VOCABULARY: {len(VOCABULARY)} tokens, the same ids everywhere")
+    for name, tokens in [("special", SPECIAL_TOKENS), ("digits", DIGITS), ("words", WORDS)]:
+        line = f"  {name:8}"
+        for token in tokens:
+            if len(line) + len(token) > 90:
+                print(line)
+                line = " " * 10
+            line += f" {token}={TOKEN_TO_ID[token]}"
+        print(line)
+
+    splits = make_splits()
+    print(f"\nSPLITS of the {10**MAX_DIGITS:,} numbers, by number of digits (SEED = {SEED})")
+    print("  " + " " * 12 + "".join(f"{length:>9}" for length in range(1, MAX_DIGITS + 1)) + f"{'all':>10}")
+    for name, numbers in zip(Splits._fields, splits):
+        counts = [sum(len(str(n)) == length for n in numbers) for length in range(1, MAX_DIGITS + 1)]
+        print(f"  {name:12}" + "".join(f"{c:>9,}" for c in counts) + f"{len(numbers):>10,}   e.g. {numbers[:3]}")
+    sets = [set(numbers) for numbers in splits]
+    shared = len(sets[0] & sets[1]) + len(sets[0] & sets[2]) + len(sets[1] & sets[2])
+    print(f"  numbers in more than one split: {shared}")
+    print(f"  training numbers are {100 * len(splits.train) / 10**MAX_DIGITS:.2g}% of the language")
+
+    def row(name, ids):
+        print(f"    {name:8}" + " ".join("-" if i == IGNORE else VOCABULARY[i] for i in ids))
+
+    print("\nTHE SAME NUMBERS, AS EACH ARCHITECTURE IS FED THEM   (- : nothing is asked here)")
+    for number in (7, 342, 90210):
+        print(f"\n  {number} = {' '.join(number_to_words(number))}")
+        print("   encoder-only, pretraining: some of these tokens are hidden, and must be found again")
+        row("ids", masked_lm_example(number)["ids"])
+        print("   encoder-only, tagging and counting: what is each digit worth, how many words has the name?")
+        example = tagging_example(number)
+        row("ids", example["ids"])
+        print("    places  " + " ".join("-" if p == IGNORE else PLACES[p] for p in example["places"]))
+        print(f"    count   {counting_example(number)['count'] + 1}")
+        print("   decoder-only: each position must say what comes next")
+        for field, ids in decoder_only_example(number).items():
+            row(field, ids)
+        print("   encoder-decoder: reads the source, has written the target so far, must say what comes next")
+        for field, ids in encoder_decoder_example(number).items():
+            row(field, ids)
+
+    print("\nA PADDED BATCH: sequences of different lengths in one tensor")
+    batch = pad_batch([tagging_example(number) for number in (7, 342, 90210)])
+    print(f"  ids, shape {tuple(batch['ids'].shape)}:")
+    for ids in batch["ids"].tolist():
+        print("    " + " ".join(f"{i:>2}" for i in ids) + "   " + " ".join(VOCABULARY[i] for i in ids))
+    mask = make_padding_mask(batch["ids"])[1, 0].expand(batch["ids"].size(1), -1)
+    tokens = [VOCABULARY[i] for i in batch["ids"][1].tolist()]
+    print("  its padding mask, for the second row (# may be attended to, . is hidden; one line per query):")
+    print("    " + format_mask(mask, tokens, tokens).replace("\n", "\n    "))
+    print("\nNext: python quick_start.py (all three, trained and shown), or read encoder_only.py from the top.")
+
+
+if __name__ == "__main__":
+    run_script(main)
