@@ -1,0 +1,833 @@
+"""decoder_only.py - a GPT-style transformer: reads left to right, and writes what comes next.
+
+What it is. One stack of layers in which every position may look at itself and at what stands before it, never at
+what comes after. Its one skill is to say, after any beginning, how likely each token is to come next. Everything
+else is that skill, repeated: to write, choose a token, append it, ask again. To translate, write the question, and
+let it go on: a prompt `<SOS> 3 4 2 <SEP>` is answered `three hundred forty two <EOS>`.
+
+    targets       3      4      2    <SEP>  three  ...      each position predicts its right neighbour,
+                  ^      ^      ^      ^      ^             all of them at once during training
+              +-----------------------------------+
+              |  layer NUM_LAYERS                 |         what may look at what (# yes, . no):
+              |  ...                              |
+              |  layer 1:                         |               <SOS> 3 4 2 <SEP>
+              |    x = x + attention(norm(x))     |         <SOS>   #   . . .   .
+              |    x = x + feed_forward(norm(x))  |         3       #   # . .   .
+              +-----------------------------------+         4       #   # # .   .
+                  ^      ^      ^      ^      ^             2       #   # # #   .
+    ids         <SOS>    3      4      2    <SEP>  ...      <SEP>   #   # # #   #
+
+What it is for: generating text; and, with the question as the beginning of the text, nearly everything else.
+What it is not for: judging a token in the light of what follows it. The first digit of 3 4 2 is worth three hundred
+only because two more follow, and when this model reads the 3 it cannot know that. compare_architectures.py measures
+this limit, and it is a limit of what may be seen, not of size.
+
+What you will see when you run it (about a minute on two CPU cores): training with the loss falling from that of
+blind guessing to the least that this language allows, the share of held-out numbers that it names without a mistake,
+the same prompts continued under six decoding strategies, and what the KV cache saves.
+
+    python decoder_only.py               train, test, show, and save checkpoints/decoder_only.pt
+    python decoder_only.py 342 90210     name these numbers with the saved model (trains first if there is none)
+
+Papers: Radford et al. 2018, 2019 (GPT, GPT-2); Vaswani et al. 2017, "Attention Is All You Need" (the parts).
+Simplified here: sinusoidal positions, where GPT learns them (they need no training, and serve all three files of
+this repository alike); token ids are whole words and digits, where GPT's are pieces of words.
+
+Letters used for shapes, here and in the other two files:
+B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
+"""
+
+import math
+import os
+import pickle
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import toy_dataset
+from toy_dataset import EOS_ID, IGNORE, MAX_WORDS, PAD_ID, SEP_ID, SOS_ID, VOCABULARY, InputError
+from toy_dataset import decode, encode, make_padding_mask, number_to_words, parse_number, run_script, words_to_number
+
+# ======================================================================================================
+# CONSTANTS: change one, run again
+# ======================================================================================================
+
+# --- model ---
+D_MODEL = 128         # width: how many numbers describe a token. Try 32 (too narrow?), 256 (slower; better?)
+NUM_LAYERS = 2        # rounds of looking around and thinking. Try 1 (what can it no longer do?), 4
+NUM_HEADS = 4         # attention patterns side by side, each D_MODEL / NUM_HEADS wide. Try 1, 8
+D_FF = 512            # inner width of the feed-forward network; 4 * D_MODEL is customary. Try 128, 1024
+DROPOUT = 0.0         # share of values zeroed in training, against memorizing. Try 0.1: too few steps here to need it?
+MAX_LENGTH = 64       # longest sequence, prompt and answer together. Try 16 (too short: see what it says), 1024
+
+# --- training ---
+BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
+NUM_EPOCHS = 10       # passes over the training numbers. Try 1, 3, 20
+LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (stopped with a sentence)
+FINAL_LEARNING_RATE = 0.01  # share of the peak at which the cosine ends. Try 1.0: no decay; is the end as good?
+WARMUP_STEPS = 200    # steps from near zero to the peak. Try 0 (a rough start), 500
+WEIGHT_DECAY = 0.1    # pull of the weight matrices towards zero. Try 0, 1.0
+GRAD_CLIP = 1.0       # longest gradient allowed; longer ones are shortened to it. Try 0.1, 100
+LOSS_ON_PROMPT = True # learn the digits too? Try False: it still translates, but can't come up with a number
+SEED = 0              # initial weights, order of batches, sampling. Try 1: how much of the result is luck?
+
+# --- generation ---
+MAX_NEW_TOKENS = 24   # stop here, should <EOS> never come. Try 3: cut-off names
+TEMPERATURE = 0.0     # 0 always takes the likeliest token; 1 samples as the model believes. Try 0.7, 1.5
+TOP_K = None          # sample among the k likeliest only. Try 5 (with TEMPERATURE 1)
+TOP_P = None          # sample among the fewest that together have this probability. Try 0.9 (with TEMPERATURE 1)
+REPETITION_PENALTY = 1.0  # above 1: tokens already written become less likely. Try 2: no more "two hundred two"
+EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
+
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "decoder_only.pt"
+
+# ======================================================================================================
+# THE MODEL, bottom up
+# ======================================================================================================
+
+
+class PositionalEncoding(nn.Module):
+    """Tells a position from another: a fixed vector of sines and cosines for each (Vaswani et al. 2017, section 3.5).
+
+        PE(pos, 2i)   = sin(pos / 10000^(2i / C))
+        PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
+
+    Attention by itself is blind to order: it sees a bag of tokens, in which 12 and 21 are the same. Each pair
+    (2i, 2i+1) is a clock hand, the first turning once in 6 positions, the last once in tens of thousands. Moving k
+    positions on turns every hand by a fixed angle, so "k to the left" looks alike everywhere: easy for attention.
+    """
+
+    def __init__(self, d_model: int, max_length: int):
+        super().__init__()
+        positions = torch.arange(max_length).unsqueeze(1)                               # (max_length, 1)
+        frequencies = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)               # (C/2)
+        angles = positions * frequencies                                                # (max_length, C/2)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(start_dim=1)  # (max_length, C): sin, cos, ...
+        # A buffer moves with the model to the GPU but is not trained; being a formula, it need not be saved either.
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Integer positions of any shape (...) -> their encodings (..., C)."""
+        return self.table[positions]
+
+
+def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
+    """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V      (Vaswani et al. 2017, equation 1)
+
+    Every position asks a question (its query) of all positions. How well a position's key fits the question is their
+    dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these shares.
+
+    Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
+    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)).
+
+    Three tokens, two dimensions, to follow on paper. The factor sqrt(2) undoes the scale, and ln 2 turns the
+    exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
+    (2, 1, 2), their shares (2/5, 1/5, 2/5), so its output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
+
+    >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> query = math.sqrt(2) * math.log(2) * key
+    >>> value = torch.tensor([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
+    >>> output, weights = scaled_dot_product_attention(query, key, value)
+    >>> weights
+    tensor([[0.4000, 0.2000, 0.4000],
+            [0.2000, 0.4000, 0.4000],
+            [0.2500, 0.2500, 0.5000]])
+    >>> output
+    tensor([[6.0000, 4.0000],
+            [4.0000, 6.0000],
+            [5.0000, 5.0000]])
+
+    With a causal mask the first token sees only itself, the second itself and the first:
+
+    >>> causal = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
+    >>> scaled_dot_product_attention(query, key, value, causal)[1]
+    tensor([[1.0000, 0.0000, 0.0000],
+            [0.3333, 0.6667, 0.0000],
+            [0.2500, 0.2500, 0.5000]])
+    """
+    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms is about sqrt(d_k) large; without the division
+    # softmax would saturate, nearly all weight on one position, and a saturated softmax passes hardly any gradient.
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
+    if mask is not None:
+        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which does not fit into float16;
+        # not -inf, which makes a row with nothing to attend to NaN (here such a row is a harmless average).
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)                                                    # (..., T, S), rows sum to 1
+    mixing = weights if dropout is None else dropout(weights)
+    return mixing @ value, weights                                                      # (..., T, d_k), (..., T, S)
+
+
+class KVCache:
+    """The keys and values that one attention layer has already computed: (B, H, S, d_k) each.
+
+    A causal position never changes its mind: what it saw when it was written is all that it will ever see, so its key
+    and value stay the same however long the text becomes. Keeping them means that a new token costs one position of
+    work instead of all of them. The price is memory: 2 * NUM_LAYERS * B * S * C numbers.
+    """
+
+    def __init__(self):
+        self.key = self.value = None
+
+    def __len__(self):
+        return 0 if self.key is None else self.key.size(2)
+
+    def append(self, key, value):
+        """Add the new positions' keys and values (B, H, T, d_k); returns those of all positions (B, H, S, d_k)."""
+        if self.key is not None:
+            key, value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+        self.key, self.value = key, value
+        return key, value
+
+
+class MultiHeadAttention(nn.Module):
+    """H attentions side by side, each on its own d_k-wide projection of the input (section 3.2.2).
+
+        MultiHead(x) = Concat(head_1, ..., head_H) W_O,   head_i = Attention(x W_Q_i, x W_K_i, x W_V_i)
+
+    One softmax can concentrate on one thing. Several heads can look at several at once: the digit to name, the word
+    just written, how much is left. All heads together cost what one full-width attention would.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side in one matrix: one large product
+        self.key = nn.Linear(d_model, d_model)     # W_K
+        self.value = nn.Linear(d_model, d_model)   # W_V
+        self.output = nn.Linear(d_model, d_model)  # W_O mixes what the heads have found
+        self.dropout = nn.Dropout(dropout)
+
+    def split_heads(self, x):
+        """(B, T, C) -> (B, H, T, d_k): C is cut into H pieces, and the heads become a batch dimension."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, mask, cache=None, attention_maps=None):
+        """x (B, T, C) -> (B, T, C). mask: boolean, broadcastable to (B, H, T, S), True = may attend.
+
+        cache: a KVCache that holds what came before x, and is given x's keys and values too.
+        attention_maps: a list that receives this layer's weights (B, H, T, S), for pictures.
+        """
+        query = self.split_heads(self.query(x))                                         # (B, H, T, d_k)
+        key, value = self.split_heads(self.key(x)), self.split_heads(self.value(x))     # (B, H, T, d_k)
+        if cache is not None:
+            key, value = cache.append(key, value)                                       # (B, H, S, d_k)
+        heads, weights = scaled_dot_product_attention(query, key, value, mask, self.dropout)
+        if attention_maps is not None:
+            attention_maps.append(weights.detach())
+        return self.output(heads.transpose(1, 2).flatten(start_dim=2))                  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
+
+    Attention moves information between positions; this is where each position works on what it has gathered. It holds
+    two thirds of a layer's parameters.
+    """
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.expand = nn.Linear(d_model, d_ff)
+        self.contract = nn.Linear(d_ff, d_model)
+
+    def forward(self, x):
+        return self.contract(F.gelu(self.expand(x)))                                    # (B, T, D_FF) -> (B, T, C)
+
+
+class DecoderLayer(nn.Module):
+    """One round of communication (attention), one of thought (feed-forward), each added to what was there.
+
+    The sums are the residual stream: a straight road from the embedding to the output, on which gradients travel back
+    undamped. Normalizing inside the branch ("pre-norm", GPT-2) leaves that road clear; the 2017 paper normalized after
+    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020).
+    """
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = MultiHeadAttention(d_model, num_heads, dropout)
+        self.feed_forward_norm = nn.LayerNorm(d_model)
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask, cache=None, attention_maps=None):
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, attention_maps))
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x
+
+
+def make_causal_mask(T: int, S: int, device=None) -> torch.Tensor:
+    """No looking ahead: the last T of S positions may each attend to themselves and to what stands before. (T, S).
+
+    >>> make_causal_mask(3, 3).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+
+    With a cache only the newest positions are computed, and their rows of the mask are the last ones. A single new
+    token is the last position, not the first: it sees everything.
+
+    >>> make_causal_mask(1, 3).int()
+    tensor([[1, 1, 1]], dtype=torch.int32)
+    """
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=S - T)
+
+
+class DecoderOnlyTransformer(nn.Module):
+    """ids (B, S) -> logits (B, T, V): how likely each token is to come next, after each position."""
+
+    def __init__(self, d_model: int, num_layers: int, num_heads: int, d_ff: int, dropout: float, max_length: int):
+        super().__init__()
+        check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length)
+        # What a checkpoint must agree on to fit this model, under the names that stand at the top of the file.
+        self.constants = {"D_MODEL": d_model, "NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "D_FF": d_ff,
+                          "MAX_LENGTH": max_length}
+        self.embedding = nn.Embedding(len(VOCABULARY), d_model)
+        self.positional_encoding = PositionalEncoding(d_model, max_length)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
+        # Pre-norm layers add to the stream without ever normalizing it, so it needs a norm before it is read off.
+        self.final_norm = nn.LayerNorm(d_model)
+        self.apply(init_weights)
+
+    def embed(self, ids, positions):
+        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C): what it is, and where."""
+        # Times sqrt(C) (section 3.4), so that the token is heard beside its position, whose sines are of order 1.
+        x = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)               # (B, T, C)
+        return self.dropout(x + self.positional_encoding(positions))                    # (B, T, C)
+
+    def forward(self, ids, cache=None, attention_maps=None):
+        """Logits for what follows each position. `ids` is always the whole text so far, (B, S).
+
+        cache: from new_cache(). It knows how many positions it has seen; only the T that are new are computed.
+        Padding may stand left (prompts) or right (training batches): it is never attended to, and positions are counted
+        from the first real token, so a text gives the same logits whatever it is padded with.
+        """
+        check_length(ids, self.constants["MAX_LENGTH"])
+        start = 0 if cache is None else len(cache[0])
+        positions = ((ids != PAD_ID).cumsum(dim=1) - 1).clamp(min=0)                    # (B, S): 0 at the first token
+        mask = make_padding_mask(ids) & make_causal_mask(ids.size(1) - start, ids.size(1), ids.device)  # (B, 1, T, S)
+        x = self.embed(ids[:, start:], positions[:, start:])                            # (B, T, C)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, mask, None if cache is None else cache[i], attention_maps)
+        # logits = norm(x) E^T: a token's logit is how well the output fits its embedding. Input and output share the
+        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and each end learns from the other.
+        return F.linear(self.final_norm(x), self.embedding.weight)                      # (B, T, V)
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty cache for one call of generate: a KVCache for each layer."""
+        return [KVCache() for _ in self.layers]
+
+
+def init_weights(module: nn.Module) -> None:
+    """Random weights that let signals through at their own size: Xavier (Glorot & Bengio 2010), biases of zero.
+
+    Embeddings start at half of what would, after the factor sqrt(C), be size 1. They are also the output layer, and
+    larger ones would make the first guesses confident and wrong; so the first loss is near ln V, that of blind guessing.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.embedding_dim))
+
+
+def check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length) -> None:
+    """Refuse sizes of which no model can be made, and say which would do. Raises InputError."""
+    for name, size in [("D_MODEL", d_model), ("NUM_LAYERS", num_layers), ("NUM_HEADS", num_heads), ("D_FF", d_ff),
+                       ("MAX_LENGTH", max_length)]:
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"{name} = {size} must be a whole number, at least 1.")
+    if d_model % 2:
+        raise InputError(f"D_MODEL = {d_model} must be even, for sines and cosines come in pairs: {d_model + 1} works.")
+    if d_model % num_heads:
+        divisors = ", ".join(str(n) for n in range(1, 17) if d_model % n == 0)
+        raise InputError(f"D_MODEL = {d_model} cannot be shared equally among NUM_HEADS = {num_heads}: with this width "
+                         f"NUM_HEADS = {divisors} work, with these heads D_MODEL = {32 * num_heads} works.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"DROPOUT = {dropout} must be at least 0 and below 1: 0.1 works.")
+
+
+def check_length(ids: torch.Tensor, max_length: int) -> None:
+    """Refuse a batch (B, T) with more positions than there are encodings for. Raises InputError."""
+    if ids.size(1) > max_length:
+        raise InputError(f"A sequence of {ids.size(1)} tokens is longer than MAX_LENGTH = {max_length}: "
+                         f"set MAX_LENGTH to at least {ids.size(1)}, and train again.")
+
+
+def get_device() -> torch.device:
+    """The fastest device here: an NVIDIA GPU (cuda), an Apple one (mps), or else the CPU, which is enough."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
+                max_length=MAX_LENGTH):
+    """A new model with random weights (torch.manual_seed before it makes them repeatable), on the fastest device."""
+    return DecoderOnlyTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length).to(get_device())
+
+
+# ======================================================================================================
+# TRAINING
+# ======================================================================================================
+
+
+def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED) -> toy_dataset.Splits:
+    """Training, validation and test batches of {"ids", "targets"}, both (B, T)."""
+    make_example = partial(toy_dataset.decoder_only_example, loss_on_prompt=LOSS_ON_PROMPT)
+    return toy_dataset.make_dataloaders(make_example, batch_size, seed)
+
+
+def predict(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's logits for a batch (B, T, V), and the targets that they are meant to hit (B, T).
+
+    Teacher forcing: the model is shown the true text, not its own, and every position predicts its next token at once.
+    The causal mask keeps each from reading its answer off its right neighbour. One pass trains T predictions.
+    """
+    device = next(model.parameters()).device
+    return model(batch["ids"].to(device)), batch["targets"].to(device)
+
+
+def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross-entropy of a batch, and the number of targets that it is the sum of; loss = sum / number.
+
+        loss = -1/N  sum over the N targets of  log p(target)            (nats)
+
+    Kept apart, so that whoever adds up several batches (gradient accumulation, several GPUs, a whole test set) can
+    weigh each target alike. The mean of the batches' means would count a target more where there are few.
+    """
+    logits, targets = predict(model, batch)
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss_sum, (targets != IGNORE).sum()
+
+
+def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS) -> float:
+    """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE of it, reached at the last step.
+
+    Warmup: Adam's first estimates of each gradient's size come from a handful of batches; full-size steps on such
+    estimates can throw the weights where they never recover. Decay: large steps find the valley, small ones its floor.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps           # never 0: the first step would be wasted
+    progress = (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps)
+    lowest = peak * FINAL_LEARNING_RATE
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), with weight decay on the matrices of the Linear layers and on nothing else.
+
+    Decay says "no weight without need". A norm's scale belongs near 1, not 0; a bias is one number against a matrix of
+    them; and a rare word's embedding would shrink at every step at which the word does not even occur.
+    """
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    in_matrices = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) forgets old gradient sizes sooner than the usual 0.999, which
+    # averages over a thousand steps: more than there are here.
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+
+
+def check_training(num_epochs, learning_rate) -> None:
+    """Refuse training constants that cannot train. Raises InputError."""
+    for name, value, works in [("NUM_EPOCHS", num_epochs, 10), ("LEARNING_RATE", learning_rate, 2e-3),
+                               ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
+        if not value > 0:
+            raise InputError(f"{name} = {value} must be above 0: {works} works.")
+    for name, value, works in [("WARMUP_STEPS", WARMUP_STEPS, 200), ("WEIGHT_DECAY", WEIGHT_DECAY, 0.1)]:
+        if not value >= 0:
+            raise InputError(f"{name} = {value} must not be negative: {works} works.")
+
+
+def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, progress=None) -> list[dict]:
+    """Train in place. After each epoch, and before the first, the model is evaluated on the validation numbers.
+
+    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to move on instead of showing one.
+    Returns the history, one dict per step: step, loss, learning_rate, grad_norm and, at an epoch's end, what evaluate
+    found, as validation_loss and exact_match. Raises FloatingPointError when the loss stops being a finite number.
+    """
+    check_training(num_epochs, learning_rate)
+    optimizer = create_optimizer(model, learning_rate)
+    num_steps = num_epochs * len(loaders.train)
+    bar = progress if progress is not None else tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5)
+    history = []
+    model.train()
+    for _ in range(num_epochs):
+        for batch in loaders.train:
+            step = len(history)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, num_steps, learning_rate)
+            loss_sum, num_targets = compute_loss(model, batch)
+            loss = loss_sum / num_targets.clamp(min=1)    # a batch that asks nothing gives 0, not 0 / 0
+            optimizer.zero_grad()                         # backward adds to .grad; without this, steps would pile up
+            loss.backward()
+            # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+            if not (loss.isfinite() and grad_norm.isfinite()):
+                raise FloatingPointError(
+                    f"The loss stopped being a finite number at step {step + 1}. Lower LEARNING_RATE = {learning_rate} "
+                    f"or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
+            optimizer.step()
+            history.append({"step": step + 1, "loss": loss.item(), "learning_rate": group["lr"],
+                            "grad_norm": grad_norm.item()})
+            bar.update()
+        found = evaluate(model, loaders.validation)
+        history[-1] |= {"validation_loss": found["loss"], "exact_match": found["exact_match"]}
+        if progress is None:
+            bar.write("step {step:>5}   loss {loss:.4f}   held-out loss {validation_loss:.4f}, exact {exact_match:7.2%}   "
+                      "lr {learning_rate:.1e}   gradient {grad_norm:.2f}".format(**history[-1]))
+            bar.write("             e.g. " + answer(model, EXAMPLES[-2:-1])[0])
+    if progress is None:
+        bar.close()
+    return history
+
+
+@torch.no_grad()
+def evaluate(model, loader) -> dict:
+    """Test on numbers that were not trained on. Returns loss (nats per target), exact_match and mistakes.
+
+    exact_match: share of the numbers whose whole answer is right, each word of it. A name with one wrong word is the
+    name of another number, so nothing less counts. mistakes: the indices of the others, in the loader's order.
+
+    It asks for each word given the true words before it. That is no easier than writing the answer alone: as long as
+    greedy decoding makes no mistake it has the same words before it, and its first mistake is a mistake here too.
+    """
+    was_training = model.training
+    model.eval()
+    loss_sum, num_targets, right = 0.0, 0, []
+    for batch in loader:
+        logits, targets = predict(model, batch)
+        loss_sum += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        num_targets += (targets != IGNORE).sum().item()
+        answer_asked = (batch["ids"].to(targets.device) == SEP_ID).cumsum(dim=1) > 0  # (B, T): not the prompt's digits
+        hit = (logits.argmax(dim=-1) == targets) | (targets == IGNORE) | ~answer_asked  # (B, T)
+        right += hit.all(dim=1).tolist()
+    model.train(was_training)
+    return {"loss": loss_sum / max(1, num_targets), "exact_match": sum(right) / len(right),
+            "mistakes": [i for i, ok in enumerate(right) if not ok]}
+
+
+# ======================================================================================================
+# GENERATION
+# ======================================================================================================
+# A strategy decides which of V likely tokens is written. Each is a function logits (B, V) -> logits (B, V), in which
+# what it rules out has become -inf; softmax over what is left gives the probabilities to draw from.
+
+
+def scale_by_temperature(logits, temperature):
+    """softmax(logits / temperature): below 1 sharper (the likely gets likelier), above 1 flatter, 1 as learned."""
+    return logits / temperature
+
+
+def keep_top_k(logits, k):
+    """Keep the k likeliest tokens (Fan et al. 2018). A fixed number: too many where one token is clear, too few where
+    a hundred would do.
+
+    >>> keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), k=2)
+    tensor([[3., -inf, 2., -inf]])
+    """
+    kept = logits.topk(min(k, logits.size(-1)), dim=-1).indices  # by index, so that ties don't let in more than k
+    return torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
+
+
+def keep_top_p(logits, p):
+    """Keep the fewest likeliest tokens that together have probability p or more (Holtzman et al. 2020, "nucleus").
+
+    Few where the model is sure, many where it is not. The token that crosses p is kept: it takes it to get there.
+
+    >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), p=0.7).softmax(-1)
+    tensor([[0.6250, 0.3750, 0.0000, 0.0000]])
+    """
+    if p == 1:
+        return logits  # everything; by the rule below rounding might cost a token
+    descending, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = descending.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities        # the mass of all likelier tokens, this one not counted
+    descending = descending.masked_fill(before >= p, -math.inf)  # they had reached p without it
+    return torch.empty_like(logits).scatter(-1, order, descending)
+
+
+def penalize_repetition(logits, written, penalty):
+    """Make tokens that were already written less likely (Keskar et al. 2019, CTRL, section 4.1). written: (B, T) ids.
+
+    Positive logits are divided by the penalty, negative ones multiplied: both move down. Meant for models that fall
+    into loops. In a language where "two hundred two" is right, it can only do harm: see for yourself.
+    """
+    if not penalty > 0:
+        raise InputError(f"repetition_penalty {penalty} must be above 0: 1 changes nothing, 1.2 works.")
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, written, True)
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def check_generation(temperature, top_k, top_p, max_new_tokens) -> None:
+    """Refuse settings that mean nothing. Raises InputError."""
+    if not temperature >= 0:
+        raise InputError(f"temperature {temperature} must be 0 (greedy) or above: 0.7 works.")
+    if top_k is not None and not top_k >= 1:
+        raise InputError(f"top_k {top_k} must be at least 1, or None for all tokens.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p {top_p} must be above 0 and at most 1, or None for all tokens.")
+    if not max_new_tokens >= 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} must be at least 1.")
+
+
+def choose_tokens(logits, temperature, top_k, top_p, generator):
+    """One token for each row: logits (B, V) -> ids (B). Temperature 0 is greedy: always the likeliest."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = scale_by_temperature(logits, temperature)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def generate(model, prompts: list[list[int]], max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, top_k=TOP_K,
+             top_p=TOP_P, repetition_penalty=REPETITION_PENALTY, use_cache=True, generator=None) -> torch.Tensor:
+    """Continue each prompt (a list of ids) until <EOS> or the limit. Returns the new ids alone, (B, T_new).
+
+    Prompts may differ in length: short ones are padded at the LEFT, so that all continue at the same column. After its
+    <EOS> a row holds only <PAD>. generator: a torch.Generator to draw from, in place of the global one.
+    """
+    check_generation(temperature, top_k, top_p, max_new_tokens)
+    if not prompts or not all(prompts):
+        raise InputError("generate needs at least one prompt, and in each at least one token, such as <SOS>.")
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[PAD_ID] * (longest - len(p)) + p for p in prompts], device=device)  # (B, longest)
+    cache = model.new_cache() if use_cache else None
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(min(max_new_tokens, model.constants["MAX_LENGTH"] + 1 - longest)):
+        logits = model(ids, cache)[:, -1].float()                            # (B, V), for what follows the last token
+        logits[:, PAD_ID] = -math.inf                                        # padding is not a word
+        logits = penalize_repetition(logits, ids[:, longest:], repetition_penalty)
+        new = choose_tokens(logits, temperature, top_k, top_p, generator)    # (B)
+        new = new.masked_fill(done, PAD_ID)
+        ids = torch.cat([ids, new[:, None]], dim=1)
+        done |= new == EOS_ID
+        if done.all():
+            break
+    model.train(was_training)
+    return ids[:, longest:]
+
+
+def make_prompt(number: int) -> list[int]:
+    """The beginning of a text that only the number's name can continue: <SOS> 3 4 2 <SEP>."""
+    return encode(["<SOS>", *str(number), "<SEP>"])
+
+
+def to_words(ids: torch.Tensor) -> str:
+    """One row of generate's answer as text, up to <EOS>."""
+    tokens = decode(ids.tolist())
+    return " ".join(tokens[: tokens.index("<EOS>")] if "<EOS>" in tokens else tokens)
+
+
+def answer(model, numbers: list[int]) -> list[str]:
+    """What the model says to each number, greedily; wrong answers are marked, with what would have been right."""
+    lines = []
+    for number, ids in zip(numbers, generate(model, [make_prompt(n) for n in numbers], temperature=0.0)):
+        said, truth = to_words(ids), " ".join(number_to_words(number))
+        lines.append(f"{number} -> {said}" + ("" if said == truth else f"   WRONG: {truth}"))
+    return lines
+
+
+# ======================================================================================================
+# CHECKPOINTS
+# ======================================================================================================
+
+
+def all_constants(model) -> dict:
+    """What a checkpoint was made with: the model's sizes, and the language and the numbers that it learned."""
+    data = {name: getattr(toy_dataset, name) for name in ("MAX_DIGITS", "NUM_TRAIN", "SEED")}
+    return model.constants | {f"toy_dataset.{name}": value for name, value in data.items()}
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError, naming the folder, if nothing can be written where path is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} is not writable: change its permissions, or CHECKPOINT in this file.")
+
+
+def save(model, path=CHECKPOINT) -> None:
+    """Write weights and constants to path. What stood there before is kept beside it, as *.old.
+
+    Atomic: the file is written under another name and then renamed, which happens at once or not at all. Whatever is
+    killed at whatever moment, under the checkpoint's name there is a whole checkpoint: the old one or the new.
+    """
+    path = Path(path)
+    check_writable(path)
+    if path.exists():
+        shutil.copy2(path, path.with_name(path.name + ".old"))
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({"architecture": type(model).__name__, "constants": all_constants(model), "weights": model.state_dict()},
+               temporary)
+    os.replace(temporary, path)
+
+
+def load(path=CHECKPOINT, model=None):
+    """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
+
+    Raises InputError when the file is no checkpoint, or not one of this model and these constants; FileNotFoundError
+    when there is none.
+    """
+    model = build_model() if model is None else model
+    remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
+    try:
+        # A pickle may hold any code, and run it when it is read. weights_only reads tensors, numbers and texts alone.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        architecture, constants, weights = (checkpoint[key] for key in ("architecture", "constants", "weights"))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged, or not a checkpoint of this repository. {remedy}") from None
+    if architecture != type(model).__name__:
+        raise InputError(f"{path} holds a {architecture}, not a {type(model).__name__}. {remedy}")
+    for name, today in all_constants(model).items():
+        if constants.get(name) != today:
+            raise InputError(f"{path} was made with {name} = {constants.get(name)}, and now it is {today}. Change it "
+                             f"back. Or: {remedy}")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+# ======================================================================================================
+# RUNNING THIS FILE
+# ======================================================================================================
+
+
+def parameter_formula(model) -> tuple[str, int]:
+    """How many parameters there should be, by arithmetic: the formula, and its value."""
+    V, C, F, L = len(VOCABULARY), *(model.constants[name] for name in ("D_MODEL", "D_FF", "NUM_LAYERS"))
+    formula = "V*C + L*(4*(C*C + C) + (C*F + F) + (F*C + C) + 4*C) + 2*C"
+    return formula, V * C + L * (4 * (C * C + C) + (C * F + F) + (F * C + C) + 4 * C) + 2 * C
+
+
+def print_configuration(model, loaders) -> None:
+    """What is about to be trained, and what its loss can be expected to be, before the first step."""
+    print(f"{type(model).__name__} on {next(model.parameters()).device}: "
+          + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    formula, expected = parameter_formula(model)
+    print(f"Parameters: {count:,}, and by arithmetic {formula} = {expected:,}")
+    sizes = [f"{len(loader.dataset):,}" for loader in loaders]
+    print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
+    with torch.no_grad():
+        loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V); {loss_sum / num_targets:.3f} this model, "
+          f"untrained; {describe_floor(loaders.validation.dataset)}\n")
+
+
+def describe_floor(dataset) -> str:
+    """The least loss that is possible on these numbers, as text.
+
+    The name follows from the digits, so a perfect model loses nothing there. The digits follow from nothing: nobody can
+    do better than to know how the training numbers were drawn. A number of n digits then has the probability
+    (share of n digits in the training numbers) / (how many numbers of n digits there are), and costs -log of that.
+    """
+    if not LOSS_ON_PROMPT:
+        return "0 the least possible, as names follow from digits"
+    lengths = [len(str(number)) for number in toy_dataset.make_splits().train]
+    share = {n: lengths.count(n) / len(lengths) / (9 * 10 ** (n - 1) if n > 1 else 10) for n in set(lengths)}
+    nats = sum(-math.log(share[len(str(number))]) for number in dataset.numbers)
+    num_targets = sum(target != IGNORE for example in dataset.examples for target in example["targets"])
+    return f"{nats / num_targets:.3f} the least possible"
+
+
+def read_text(ids: torch.Tensor) -> int | None:
+    """The number, if one row of generated ids is a right sentence, its digits, <SEP>, its name, <EOS>; else None."""
+    digits, _, words = to_words(ids).partition(" <SEP> ")
+    try:
+        number = parse_number(digits.replace(" ", ""))
+        return number if EOS_ID in ids and words_to_number(words.split()) == number else None
+    except InputError:
+        return None
+
+
+def show_strategies(model) -> None:
+    """The same prompts under each strategy: 500 held-out numbers to name, and 500 times nothing but <SOS>."""
+    strategies = {
+        "greedy": dict(temperature=0.0),
+        "temperature 0.7": dict(temperature=0.7),
+        "temperature 1.0": dict(temperature=1.0),
+        "temperature 1.5": dict(temperature=1.5),
+        "top-k 5": dict(temperature=1.0, top_k=5),
+        "top-p 0.9": dict(temperature=1.0, top_p=0.9),
+        "repetition penalty 2": dict(temperature=0.0, repetition_penalty=2.0),
+    }
+    held_out = toy_dataset.make_splits().test[:500]
+    samples = []
+    print("\nSTRATEGIES, each on the same prompts: 500 held-out numbers, <SOS> digits <SEP> (named: share named right),\n"
+          "and 500 times <SOS> alone (distinct: share of different texts; valid: the words do name the digits)\n\n"
+          f"  {'':22}{'named':>8}{'distinct':>10}{'valid':>8}{'tokens/s':>10}")
+    for name, settings in strategies.items():
+        generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
+        named = generate(model, [make_prompt(number) for number in held_out], generator=generator, **settings)
+        right = sum(to_words(ids) == " ".join(number_to_words(n)) for n, ids in zip(held_out, named))
+        start = time.perf_counter()
+        free = generate(model, [[SOS_ID]] * 500, generator=generator, **settings)
+        seconds = time.perf_counter() - start
+        distinct = len(set(map(to_words, free)))
+        valid = sum(read_text(ids) is not None for ids in free)
+        print(f"  {name:22}{right / 500:8.1%}{distinct / 500:10.1%}{valid / 500:8.1%}"
+              f"{(free != PAD_ID).sum().item() / seconds:10,.0f}")
+        samples.append(f"  {name:22}{to_words(free[0])}")
+    print("\nThe first text that each wrote after <SOS>:\n" + "\n".join(samples))
+
+
+def show_cache(model) -> None:
+    """The KV cache: the same tokens, in less time; and how much less depends on the length of the text."""
+    prompts = [make_prompt(number) for number in toy_dataset.make_splits().test[:500]]
+    seconds, texts = {}, {}
+    for use_cache in (False, True):
+        start = time.perf_counter()
+        texts[use_cache] = generate(model, prompts, temperature=0.0, use_cache=use_cache)
+        seconds[use_cache] = time.perf_counter() - start
+    print(f"\nKV CACHE, 500 names of up to {MAX_WORDS} words: {seconds[False]:.2f} s without, {seconds[True]:.2f} s with "
+          f"it; the same tokens: {torch.equal(texts[False], texts[True])}.\n"
+          "The longer the text, the more it saves: python compare_architectures.py has the table.")
+
+
+def train_and_test():
+    """Train a model as the constants say, test it once on the test numbers, and save it."""
+    check_writable(CHECKPOINT)  # before a minute of training, not after it
+    torch.manual_seed(SEED)
+    model, loaders = build_model(), create_dataloaders()
+    print_configuration(model, loaders)
+    train(model, loaders)
+    found = evaluate(model, loaders.test)
+    numbers = loaders.test.dataset.numbers
+    print(f"\nTEST on {len(numbers):,} numbers never seen: {found['exact_match']:.2%} named without a mistake, "
+          f"{len(found['mistakes'])} wrong\n  (loss {found['loss']:.4f}; {describe_floor(loaders.test.dataset)})")
+    for line in answer(model, [numbers[i] for i in found["mistakes"][:5]]):
+        print("  " + line)
+    save(model)
+    print(f"Saved to {CHECKPOINT}")
+    return model
+
+
+def main(*numbers: int) -> None:
+    """Without numbers: train, test, show. With numbers: name them, with the saved model if there is one."""
+    model = load() if numbers and CHECKPOINT.exists() else train_and_test()
+    if numbers:
+        print("\n".join(answer(model, list(numbers))))
+        return
+    print("\nEXAMPLES, greedy\n  " + "\n  ".join(answer(model, EXAMPLES)))
+    show_strategies(model)
+    show_cache(model)
+    print("\nNext: python decoder_only.py 342 90210, or change a constant at the top of the file and run it again;\n"
+          "then `diff decoder_only.py encoder_decoder.py`: what a second text costs.")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_number)
