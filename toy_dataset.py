@@ -116,6 +116,30 @@ def words_to_number(words: list[str]) -> int:
     return number
 
 
+def align(number: int) -> list[set[int]]:
+    """For each word of the name, the positions of the digits that it is made of: the truth about who translates whom.
+
+    >>> align(90210)       # ninety: 9 (and 0: no ninety-one), thousand: 9 0, two: 2, hundred: 2, ten: 1 0
+    [{0, 1}, {0, 1}, {2}, {2}, {3, 4}]
+    """
+    words, digits = [], str(number)
+    start = 0
+    while start < len(digits):  # by groups of three, as they are said: 90 | 210
+        end = start + (len(digits) - start - 1) % 3 + 1
+        group = digits[start:end]
+        hundreds, last_two = int(group) // 100, int(group) % 100
+        if hundreds:
+            words += [{end - 3}] * 2                                # "two", "hundred"
+        if last_two >= 20:
+            words += [{end - 2, end - 1}] if last_two % 10 == 0 else [{end - 2}, {end - 1}]  # "twenty", or "twenty one"
+        elif last_two or number == 0:
+            words += [{end - 2, end - 1} if last_two >= 10 else {end - 1}]  # "twelve", or "two"
+        if int(group) and end < len(digits):
+            words += [set(range(start, end))]                       # "thousand", "million", "billion"
+        start = end
+    return words
+
+
 def parse_number(text: str) -> int:
     """The number that a person typed. Raises InputError, in one sentence, for what is outside the language.
 
@@ -333,11 +357,16 @@ class NumberDataset(Dataset):
         return self.examples[index]
 
 
-def make_dataloaders(make_example, batch_size: int, seed: int) -> Splits:
-    """DataLoaders over the three splits: training numbers in a new order each epoch, the others always in theirs."""
+def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | None = None) -> Splits:
+    """DataLoaders over the three splits: training numbers in a new order each epoch, the others always in theirs.
+
+    num_train: learn from the first so many training numbers only (they are in random order, so it is a fair sample).
+    """
     if batch_size < 1:
         raise InputError(f"BATCH_SIZE = {batch_size} must be at least 1; 128 works well.")
-    train, validation, test = (NumberDataset(numbers, make_example) for numbers in make_splits())
+    splits = make_splits()
+    splits = splits._replace(train=splits.train[:num_train])
+    train, validation, test = (NumberDataset(numbers, make_example) for numbers in splits)
     order = torch.Generator().manual_seed(seed)  # its own: what else draws random numbers does not change the order
     return Splits(
         DataLoader(train, batch_size, shuffle=True, collate_fn=pad_batch, generator=order),

@@ -1,0 +1,852 @@
+"""encoder_only.py - a BERT-style transformer: reads in both directions, and understands.
+
+What it is. One stack of layers in which every position looks at all others, left and right. What comes out is one
+vector for each token, which describes it in the light of the whole sequence. It is trained in two steps:
+
+1. Pretraining, without labels. Hide 15% of the tokens and let the model find them again. To see that
+   `9 0 2 1 0 <SEP> ninety <MASK> two hundred ten` lacks `thousand` it has to learn how digits and words explain each
+   other, and nobody had to tell it: the text itself is the teacher.
+2. Fine-tuning, with labels, for the job at hand. A small new layer (the "head") on top, and a short training:
+   tagging         every token gets a label           3 4 2 -> hundreds, tens, ones   (as NER tags names in a text)
+   classification  the whole sequence gets one label  3 4 2 -> its name has 4 words   (as a review is good or bad)
+
+    masked LM                   tagging                              classification
+    3 4 2 <SEP> three ...       hundreds  tens  ones                 4 words
+    ^ ^ ^  ^      ^                 ^       ^     ^                    ^
+    head: V logits each         head: MAX_DIGITS logits each         pooler and head, on <CLS> alone
+    +--------------------------------------------------------+
+    |  layer NUM_LAYERS                                      |       what may look at what (# yes, . no):
+    |  ...                                                   |
+    |  layer 1:                                              |               <CLS> 3 4 2 <SEP>
+    |    x = x + attention(norm(x))                          |       <CLS>     #   # # #   #
+    |    x = x + feed_forward(norm(x))                       |       3         #   # # #   #
+    +--------------------------------------------------------+       4         #   # # #   #
+        ^       ^       ^       ^       ^                            2         #   # # #   #
+      <CLS>     3       4       2     <SEP>                          <SEP>     #   # # #   #
+
+What it is for: understanding. Tagging, classifying, searching, comparing: whenever the whole text is there before the
+answer is asked for. What it is not for: writing. It learned to fill a few holes in a finished text, not to go on where
+a text ends. It can be made to (mask-predict, below), and you will see what that costs.
+
+What you will see when you run it (about three minutes on two CPU cores): pretraining, masks filled in, both fine-tunings
+with their accuracy on held-out numbers, what pretraining bought, by number of labelled examples, and mask-predict.
+
+    python encoder_only.py                                          train, test, show, and save checkpoints/
+    python encoder_only.py 342 90210                                place values, and how many words the name has
+    python encoder_only.py "90210 <SEP> ninety <MASK> two hundred ten"              fill in the mask
+
+Papers: Devlin et al. 2019 (BERT); Vaswani et al. 2017, "Attention Is All You Need" (the parts); Ghazvininejad et al.
+2019 (mask-predict).
+Simplified here: sinusoidal positions, where BERT learns them; no segment embeddings and no next-sentence prediction
+(RoBERTa, Liu et al. 2019, found that one of no use); norms inside the branches, where BERT has them after the sum.
+
+Letters used for shapes, here and in the other two files:
+B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
+"""
+
+import math
+import os
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import toy_dataset
+from toy_dataset import CLS_ID, IGNORE, MASK_ID, MAX_DIGITS, MAX_WORDS, PAD_ID, PLACES, SPECIAL_TOKENS, VOCABULARY
+from toy_dataset import InputError, decode, encode, make_padding_mask, number_to_words, parse_number, run_script
+
+# ======================================================================================================
+# CONSTANTS: change one, run again
+# ======================================================================================================
+
+# --- model ---
+D_MODEL = 128         # width: how many numbers describe a token. Try 32 (too narrow?), 256 (slower; better?)
+NUM_LAYERS = 2        # rounds of looking around and thinking. Try 1 (what can it no longer do?), 4
+NUM_HEADS = 4         # attention patterns side by side, each D_MODEL / NUM_HEADS wide. Try 1, 8
+D_FF = 512            # inner width of the feed-forward network; 4 * D_MODEL is customary. Try 128, 1024
+DROPOUT = 0.0         # share of values zeroed in training, against memorizing. Try 0.1: too few steps here to need it?
+MAX_LENGTH = 64       # longest sequence, digits and words together. Try 16 (too short: see what it says), 1024
+
+# --- training ---
+BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
+NUM_EPOCHS = 10       # pretraining: passes over the training numbers. Try 1, 3, 20
+LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (stopped with a sentence)
+FINAL_LEARNING_RATE = 0.01  # share of the peak at which the cosine ends. Try 1.0: no decay; is the end as good?
+WARMUP_STEPS = 200    # steps from near zero to the peak. Try 0 (a rough start), 500
+WEIGHT_DECAY = 0.1    # pull of the weight matrices towards zero. Try 0, 1.0
+GRAD_CLIP = 1.0       # longest gradient allowed; longer ones are shortened to it. Try 0.1, 100
+MASK_PROBABILITY = 0.15  # share of tokens to be found again. Try 0.05 (little to learn from), 0.5 (mask-predict gains)
+FINE_TUNING_STEPS = 400  # steps of each fine-tuning, however many labels there are. Try 100, 1000
+FINE_TUNING_LEARNING_RATE = 1e-3  # its peak; a smaller one keeps more of what was learned before. Try 1e-4, 3e-3
+NUM_LABELS = [100, 300, 1000, 3000]  # labelled examples, for the table of what pretraining bought. Try adding 30
+SEED = 0              # initial weights, order of batches, sampling. Try 1: how much of the result is luck?
+
+# --- generation ---
+ITERATIONS = 4        # rounds of mask-predict; 1 fills in all masks at once. Try 1, 10
+EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
+MASKED_EXAMPLES = [  # texts to complete. Try hiding a digit and its word: what does it say when nobody can know?
+    "90210 <SEP> ninety <MASK> two hundred ten",
+    "3 <MASK> 2 <SEP> three hundred forty two",
+    "1010 <SEP> <MASK> <MASK> <MASK>",
+    "<MASK> <MASK> <MASK> <SEP> seven hundred seventeen",
+]
+
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "encoder_only.pt"  # and, for the fine-tuned, encoder_only_TASK.pt
+
+TASKS = {  # what each kind of model is trained on: one number, made into an example
+    "masked_lm": toy_dataset.masked_lm_example,
+    "tagging": toy_dataset.tagging_example,
+    "counting": toy_dataset.counting_example,
+}
+
+# ======================================================================================================
+# THE MODEL, bottom up
+# ======================================================================================================
+
+
+class PositionalEncoding(nn.Module):
+    """Tells a position from another: a fixed vector of sines and cosines for each (Vaswani et al. 2017, section 3.5).
+
+        PE(pos, 2i)   = sin(pos / 10000^(2i / C))
+        PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
+
+    Attention by itself is blind to order: it sees a bag of tokens, in which 12 and 21 are the same. Each pair
+    (2i, 2i+1) is a clock hand, the first turning once in 6 positions, the last once in tens of thousands. Moving k
+    positions on turns every hand by a fixed angle, so "k to the left" looks alike everywhere: easy for attention.
+    """
+
+    def __init__(self, d_model: int, max_length: int):
+        super().__init__()
+        positions = torch.arange(max_length).unsqueeze(1)                               # (max_length, 1)
+        frequencies = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)               # (C/2)
+        angles = positions * frequencies                                                # (max_length, C/2)
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(start_dim=1)  # (max_length, C): sin, cos, ...
+        # A buffer moves with the model to the GPU but is not trained; being a formula, it need not be saved either.
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        """Integer positions of any shape (...) -> their encodings (..., C)."""
+        return self.table[positions]
+
+
+def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
+    """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V      (Vaswani et al. 2017, equation 1)
+
+    Every position asks a question (its query) of all positions. How well a position's key fits the question is their
+    dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these shares.
+
+    Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
+    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)).
+
+    Three tokens, two dimensions, to follow on paper. The factor sqrt(2) undoes the scale, and ln 2 turns the
+    exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
+    (2, 1, 2), their shares (2/5, 1/5, 2/5), so its output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
+
+    >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> query = math.sqrt(2) * math.log(2) * key
+    >>> value = torch.tensor([[10.0, 0.0], [0.0, 10.0], [5.0, 5.0]])
+    >>> output, weights = scaled_dot_product_attention(query, key, value)
+    >>> weights
+    tensor([[0.4000, 0.2000, 0.4000],
+            [0.2000, 0.4000, 0.4000],
+            [0.2500, 0.2500, 0.5000]])
+    >>> output.round(decimals=3)
+    tensor([[6., 4.],
+            [4., 6.],
+            [5., 5.]])
+
+    With a causal mask the first token sees only itself, the second itself and the first:
+
+    >>> causal = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
+    >>> scaled_dot_product_attention(query, key, value, causal)[1]
+    tensor([[1.0000, 0.0000, 0.0000],
+            [0.3333, 0.6667, 0.0000],
+            [0.2500, 0.2500, 0.5000]])
+    """
+    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms is about sqrt(d_k) large; without the division
+    # softmax would saturate, nearly all weight on one position, and a saturated softmax passes hardly any gradient.
+    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
+    if mask is not None:
+        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which does not fit into float16;
+        # not -inf, which makes a row with nothing to attend to NaN (here such a row is a harmless average).
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1)                                                    # (..., T, S), rows sum to 1
+    mixing = weights if dropout is None else dropout(weights)
+    return mixing @ value, weights                                                      # (..., T, d_k), (..., T, S)
+
+
+class MultiHeadAttention(nn.Module):
+    """H attentions side by side, each on its own d_k-wide projection of the input (section 3.2.2).
+
+        MultiHead(x) = Concat(head_1, ..., head_H) W_O,   head_i = Attention(x W_Q_i, x W_K_i, x W_V_i)
+
+    One softmax can concentrate on one thing. Several heads can look at several at once: the digit to name, the word
+    just written, how much is left. All heads together cost what one full-width attention would.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side in one matrix: one large product
+        self.key = nn.Linear(d_model, d_model)     # W_K
+        self.value = nn.Linear(d_model, d_model)   # W_V
+        self.output = nn.Linear(d_model, d_model)  # W_O mixes what the heads have found
+        self.dropout = nn.Dropout(dropout)
+
+    def split_heads(self, x):
+        """(B, T, C) -> (B, H, T, d_k): C is cut into H pieces, and the heads become a batch dimension."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, mask, attention_maps=None):
+        """x (B, T, C) -> (B, T, C). mask: boolean, broadcastable to (B, H, T, T), True = may attend.
+
+        attention_maps: a list that receives this layer's weights (B, H, T, T), for pictures.
+        """
+        query = self.split_heads(self.query(x))                                         # (B, H, T, d_k)
+        key, value = self.split_heads(self.key(x)), self.split_heads(self.value(x))     # (B, H, T, d_k)
+        heads, weights = scaled_dot_product_attention(query, key, value, mask, self.dropout)
+        if attention_maps is not None:
+            attention_maps.append(weights.detach())
+        return self.output(heads.transpose(1, 2).flatten(start_dim=2))                  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
+
+    Attention moves information between positions; this is where each position works on what it has gathered. It holds
+    two thirds of a layer's parameters.
+    """
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.expand = nn.Linear(d_model, d_ff)
+        self.contract = nn.Linear(d_ff, d_model)
+
+    def forward(self, x):
+        return self.contract(F.gelu(self.expand(x)))                                    # (B, T, D_FF) -> (B, T, C)
+
+
+class EncoderLayer(nn.Module):
+    """One round of communication (attention), one of thought (feed-forward), each added to what was there.
+
+    The sums are the residual stream: a straight road from the embedding to the output, on which gradients travel back
+    undamped. Normalizing inside the branch ("pre-norm", GPT-2) leaves that road clear; the 2017 paper normalized after
+    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020).
+    """
+
+    def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = MultiHeadAttention(d_model, num_heads, dropout)
+        self.feed_forward_norm = nn.LayerNorm(d_model)
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, mask, attention_maps=None):
+        """x (B, T, C) -> (B, T, C)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, attention_maps=attention_maps))
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x
+
+
+class EncoderOnlyTransformer(nn.Module):
+    """ids (B, T) -> logits, by task: masked_lm (B, T, V), tagging (B, T, MAX_DIGITS), counting (B, 1, MAX_WORDS)."""
+
+    def __init__(self, d_model: int, num_layers: int, num_heads: int, d_ff: int, dropout: float, max_length: int,
+                 task: str):
+        super().__init__()
+        check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length)
+        if task not in TASKS:
+            raise InputError(f"{task!r} is not a task of encoder_only.py; these are: {', '.join(TASKS)}.")
+        # What a checkpoint must agree on to fit this model, under the names that stand at the top of the file.
+        self.constants = {"D_MODEL": d_model, "NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "D_FF": d_ff,
+                          "MAX_LENGTH": max_length, "task": task}
+        self.task = task
+        self.embedding = nn.Embedding(len(VOCABULARY), d_model)
+        self.positional_encoding = PositionalEncoding(d_model, max_length)
+        self.dropout = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
+        # Pre-norm layers add to the stream without ever normalizing it, so it needs a norm before it is read off.
+        self.final_norm = nn.LayerNorm(d_model)
+        if task == "tagging":
+            self.head = nn.Linear(d_model, MAX_DIGITS)
+        if task == "counting":
+            self.pooler = nn.Linear(d_model, d_model)
+            self.head = nn.Linear(d_model, MAX_WORDS)
+        self.apply(init_weights)
+
+    def embed(self, ids, positions):
+        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C): what it is, and where."""
+        # Times sqrt(C) (section 3.4), so that the token is heard beside its position, whose sines are of order 1.
+        x = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)               # (B, T, C)
+        return self.dropout(x + self.positional_encoding(positions))                    # (B, T, C)
+
+    def encode(self, ids, attention_maps=None):
+        """Token ids (B, T) -> one vector for each, seen in the light of all (B, T, C). This is what is pretrained."""
+        check_length(ids, self.constants["MAX_LENGTH"])
+        mask = make_padding_mask(ids)                                                   # (B, 1, 1, T)
+        x = self.embed(ids, torch.arange(ids.size(1), device=ids.device))               # (B, T, C)
+        for layer in self.layers:
+            x = layer(x, mask, attention_maps)
+        return self.final_norm(x)
+
+    def forward(self, ids, attention_maps=None):
+        """The head of this model's task, on top of encode."""
+        x = self.encode(ids, attention_maps)                                            # (B, T, C)
+        if self.task == "tagging":
+            return self.head(x)                                                         # (B, T, MAX_DIGITS)
+        if self.task == "counting":
+            # <CLS> stands for no word of its own: free to gather what the question needs. Its vector alone is used, so
+            # padding can't leak in, as it would in a mean over all positions that forgets to leave it out.
+            return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, MAX_WORDS)
+        # logits = x E^T: a token's logit is how well the output fits its embedding. Input and output share the one
+        # table E ("weight tying", Press & Wolf 2017): fewer parameters, and each end learns from the other.
+        return F.linear(x, self.embedding.weight)                                       # (B, T, V)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Random weights that let signals through at their own size: Xavier (Glorot & Bengio 2010), biases of zero.
+
+    Embeddings start at half of what would, after the factor sqrt(C), be size 1. They are also the output layer, where
+    larger ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.embedding_dim))
+
+
+def check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length) -> None:
+    """Refuse sizes of which no model can be made, and say which would do. Raises InputError."""
+    for name, size in [("D_MODEL", d_model), ("NUM_LAYERS", num_layers), ("NUM_HEADS", num_heads), ("D_FF", d_ff),
+                       ("MAX_LENGTH", max_length)]:
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"{name} = {size} must be a whole number, at least 1.")
+    if d_model % 2:
+        raise InputError(f"D_MODEL = {d_model} must be even, for sines and cosines come in pairs: {d_model + 1} works.")
+    if d_model % num_heads:
+        divisors = ", ".join(str(n) for n in range(1, 17) if d_model % n == 0)
+        raise InputError(f"D_MODEL = {d_model} cannot be shared equally among NUM_HEADS = {num_heads}: with this width "
+                         f"NUM_HEADS = {divisors} work, with these heads D_MODEL = {32 * num_heads} works.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"DROPOUT = {dropout} must be at least 0 and below 1: 0.1 works.")
+
+
+def check_length(ids: torch.Tensor, max_length: int) -> None:
+    """Refuse a batch (B, T) with more positions than there are encodings for. Raises InputError."""
+    if ids.size(1) > max_length:
+        raise InputError(f"A sequence of {ids.size(1)} tokens is longer than MAX_LENGTH = {max_length}: "
+                         f"set MAX_LENGTH to at least {ids.size(1)}, and train again.")
+
+
+def get_device() -> torch.device:
+    """The fastest device here: an NVIDIA GPU (cuda), an Apple one (mps), or else the CPU, which is enough."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
+                max_length=MAX_LENGTH, task="masked_lm"):
+    """A new model with random weights (torch.manual_seed before it makes them repeatable), on the fastest device."""
+    return EncoderOnlyTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length, task).to(get_device())
+
+
+def build_fine_tuned(pretrained, task):
+    """A new model for the task that starts from a pretrained one: its encoder, copied, and a head of random weights."""
+    sizes = [pretrained.constants[name] for name in ("D_MODEL", "NUM_LAYERS", "NUM_HEADS", "D_FF")]
+    model = build_model(*sizes, DROPOUT, pretrained.constants["MAX_LENGTH"], task)
+    # strict=False: the head has no counterpart in the pretrained model. It is the only thing that may be missing.
+    missing, unexpected = model.load_state_dict(pretrained.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith(("head.", "pooler.")) for name in missing)
+    return model
+
+
+# ======================================================================================================
+# TRAINING
+# ======================================================================================================
+
+
+def mask_tokens(ids, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hide some tokens, BERT's way (Devlin et al. 2019, section 3.1, appendix A). ids (B, T) -> (corrupted, targets).
+
+    Each digit and word is chosen with MASK_PROBABILITY; special tokens never are. Of the chosen,
+        80% become <MASK>,
+        10% become a random digit or word: so that no token can be trusted unchecked,
+        10% stay as they are: so that it need not distrust all. With <MASK> alone the model would learn to describe
+            masks only, and in fine-tuning there are none.
+    targets holds the original where a token was chosen and IGNORE elsewhere: only what was hidden is asked for.
+
+    It is drawn anew for each batch, so a text is never hidden twice in the same way. generator: to draw from (on the
+    CPU, so that every device hides the same), in place of the global one.
+    """
+    chance, kind = torch.rand(2, *ids.shape, generator=generator).to(ids.device)
+    others = torch.randint(len(SPECIAL_TOKENS), len(VOCABULARY), ids.shape, generator=generator).to(ids.device)
+    chosen = (ids >= len(SPECIAL_TOKENS)) & (chance < MASK_PROBABILITY)                 # (B, T)
+    corrupted = ids.masked_fill(chosen & (kind < 0.8), MASK_ID)
+    corrupted = torch.where(chosen & (kind >= 0.9), others, corrupted)
+    return corrupted, ids.masked_fill(~chosen, IGNORE)
+
+
+def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, task="masked_lm", num_train=None) -> toy_dataset.Splits:
+    """Training, validation and test batches of {"ids" (B, T)} and, by task, {"places" (B, T)} or {"count" (B)}.
+
+    num_train: learn from so many of the training numbers only.
+    """
+    return toy_dataset.make_dataloaders(TASKS[task], batch_size, seed, num_train)
+
+
+def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The model's logits for a batch (B, T, classes), and the targets that they are meant to hit (B, T).
+
+    In counting T is 1, the one answer at <CLS>. The masked LM's tokens are hidden here; generator: see mask_tokens.
+    """
+    device = next(model.parameters()).device
+    ids = batch["ids"].to(device)
+    if "places" in batch:
+        return model(ids), batch["places"].to(device)
+    if "count" in batch:
+        return model(ids), batch["count"][:, None].to(device)
+    corrupted, targets = mask_tokens(ids, generator)
+    return model(corrupted), targets
+
+
+def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross-entropy of a batch, and the number of targets that it is the sum of; loss = sum / number.
+
+        loss = -1/N  sum over the N targets of  log p(target)            (nats)
+
+    Kept apart, so that whoever adds up several batches (gradient accumulation, several GPUs, a whole test set) can
+    weigh each target alike. The mean of the batches' means would count a target more where there are few.
+    """
+    logits, targets = predict(model, batch)
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return loss_sum, (targets != IGNORE).sum()
+
+
+def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS) -> float:
+    """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE of it, reached at the last step.
+
+    Warmup: Adam's first estimates of each gradient's size come from a handful of batches; full-size steps on such
+    estimates can throw the weights where they never recover. Decay: large steps find the valley, small ones its floor.
+    """
+    warmup_steps = min(warmup_steps, num_steps // 5)      # a short run must not be all warmup
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps           # never 0: the first step would be wasted
+    progress = (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps)
+    lowest = peak * FINAL_LEARNING_RATE
+    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019), with weight decay on the matrices of the Linear layers and on nothing else.
+
+    Decay says "no weight without need". A norm's scale belongs near 1, not 0; a bias is one number against a matrix of
+    them; and a rare word's embedding would shrink at every step at which the word does not even occur.
+    """
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    in_matrices = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) forgets old gradient sizes sooner than the usual 0.999, which
+    # averages over a thousand steps: more than there are here.
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+
+
+def check_training(num_epochs, learning_rate) -> None:
+    """Refuse training constants that cannot train. Raises InputError."""
+    for name, value, works in [("NUM_EPOCHS", num_epochs, 10), ("LEARNING_RATE", learning_rate, 2e-3),
+                               ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
+        if not value > 0:
+            raise InputError(f"{name} = {value} must be above 0: {works} works.")
+    for name, value, works in [("WARMUP_STEPS", WARMUP_STEPS, 200), ("WEIGHT_DECAY", WEIGHT_DECAY, 0.1)]:
+        if not value >= 0:
+            raise InputError(f"{name} = {value} must not be negative: {works} works.")
+
+
+def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
+    """Train the model in place, and look at the validation numbers num_evaluations times on the way.
+
+    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to move on; without it this shows its
+    own, and a line at each evaluation. Returns the history, one dict per step: step, loss, learning_rate, grad_norm
+    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss stops
+    being a finite number.
+    """
+    check_training(num_epochs, learning_rate)
+    optimizer = create_optimizer(model, learning_rate)
+    num_steps = num_epochs * len(loaders.train)
+    evaluation_steps = {num_steps * i // num_evaluations for i in range(1, num_evaluations + 1)}
+    bar = progress
+    if progress is None:
+        bar = tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5)
+    history = []
+    model.train()
+    for _ in range(num_epochs):
+        for batch in loaders.train:
+            step = len(history)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, num_steps, learning_rate)
+            loss_sum, num_targets = compute_loss(model, batch)
+            loss = loss_sum / num_targets.clamp(min=1)    # a batch that asks nothing gives 0, not 0 / 0
+            optimizer.zero_grad()                         # backward adds to .grad; without this, steps would pile up
+            loss.backward()
+            # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+            if not (loss.isfinite() and grad_norm.isfinite()):
+                raise FloatingPointError(
+                    f"The loss stopped being a finite number at step {step + 1}. Lower LEARNING_RATE = {learning_rate} "
+                    f"or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
+            optimizer.step()
+            history.append({"step": step + 1, "loss": loss.item(), "learning_rate": group["lr"],
+                            "grad_norm": grad_norm.item()})
+            bar.update()
+            if step + 1 not in evaluation_steps:
+                continue
+            found = evaluate(model, loaders.validation)
+            history[-1] |= {"validation_loss": found["loss"], "exact_match": found["exact_match"]}
+            if progress is None:
+                bar.write("step {step:>5}  loss {loss:.4f}  held-out: loss {validation_loss:.4f}, exact "
+                          "{exact_match:7.2%}  lr {learning_rate:.1e}  gradient {grad_norm:.2f}".format(**history[-1]))
+                bar.write("            e.g. " + answer(model, EXAMPLES[-2:-1])[0])
+    if progress is None:
+        bar.close()
+    return history
+
+
+@torch.no_grad()
+def evaluate(model, loader) -> dict:
+    """Test on numbers that were not trained on. Returns loss (nats per target), exact_match, accuracy and mistakes.
+
+    exact_match: share of the sequences in which every answer is right; those of which nothing is asked (no token
+    happened to be hidden) are left out. accuracy: share of the answers that are right. mistakes: the indices of the
+    sequences with a wrong answer, in the loader's order.
+    """
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(SEED)  # the same tokens are hidden at each evaluation
+    loss_sum, num_targets, num_hits, asked, right = 0.0, 0, 0, [], []
+    for batch in loader:
+        logits, targets = predict(model, batch, generator)
+        loss_sum += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        num_targets += (targets != IGNORE).sum().item()
+        num_hits += (logits.argmax(dim=-1) == targets).sum().item()
+        hit = (logits.argmax(dim=-1) == targets) | (targets == IGNORE)                  # (B, T)
+        right += hit.all(dim=1).tolist()
+        asked += (targets != IGNORE).any(dim=1).tolist()
+    model.train(was_training)
+    mistakes = [i for i, ok in enumerate(right) if not ok]
+    return {"loss": loss_sum / max(1, num_targets), "exact_match": 1 - len(mistakes) / max(1, sum(asked)),
+            "accuracy": num_hits / max(1, num_targets), "mistakes": mistakes}
+
+
+def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
+    """A new model for the task, trained for (about) FINE_TUNING_STEPS. Returns it and its history.
+
+    pretrained: the masked LM whose encoder it starts from; None starts from random weights.
+    """
+    model = build_model(task=task) if pretrained is None else build_fine_tuned(pretrained, task)
+    num_epochs = math.ceil(FINE_TUNING_STEPS / len(loaders.train))
+    return model, train(model, loaders, num_epochs, FINE_TUNING_LEARNING_RATE, num_evaluations, progress)
+
+
+# ======================================================================================================
+# GENERATION, as far as it goes
+# ======================================================================================================
+
+
+@torch.no_grad()
+def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Tensor:
+    """Fill in the <MASK>s of each prompt (a list of ids of any length). Returns whole texts (B, T), padded at the right.
+
+    Mask-predict (Ghazvininejad et al. 2019): predict all masks at once, keep those of which the model is surest, mask
+    the others again, and predict these anew, now with the kept ones in view. After round i of N at most
+    n * (N - i) / N of the n masks are left, so N rounds fill in all. One round is plain filling in: each mask on its
+    own, none knowing what the others say, which is why two neighbours may agree with the text but not with each other.
+    """
+    if iterations < 1:
+        raise InputError(f"ITERATIONS = {iterations} must be at least 1: 4 works.")
+    if not prompts or not all(prompts):
+        raise InputError("generate needs at least one prompt, and in each at least one token, such as <MASK>.")
+    was_training = model.training
+    model.eval()
+    longest = max(map(len, prompts))
+    ids = torch.tensor([p + [PAD_ID] * (longest - len(p)) for p in prompts], device=next(model.parameters()).device)
+    asked = ids == MASK_ID                                                              # (B, T), what to fill in
+    num_asked = asked.sum(dim=1, keepdim=True)                                          # (B, 1)
+    for i in range(1, iterations + 1):
+        masked = ids == MASK_ID
+        logits = model(ids).float()
+        logits[..., : len(SPECIAL_TOKENS)] = -math.inf                                  # answers are digits and words
+        confidence, best = logits.softmax(dim=-1).max(dim=-1)                           # (B, T)
+        ids = torch.where(masked, best, ids)
+        # The least sure of those just predicted are hidden again; argsort of argsort is the rank, 0 the least sure.
+        rank = confidence.masked_fill(~masked, math.inf).argsort(dim=1).argsort(dim=1)
+        ids = ids.masked_fill(masked & (rank < num_asked * (iterations - i) // iterations), MASK_ID)
+    model.train(was_training)
+    return ids
+
+
+def parse_text(text: str) -> list[int]:
+    """A text with masks, as a person types it, to the ids of `<CLS> digits <SEP> words <SEP>`. Raises InputError.
+
+    Numbers may be written in one piece; what is not a digit, a word, <MASK> or <SEP> is refused, by encode.
+    """
+    tokens = []
+    for piece in text.split():
+        tokens += list(piece) if piece.isdigit() else [piece]
+    if "<MASK>" not in tokens:
+        raise InputError(f"{text!r} has no <MASK> to fill in.")
+    if tokens.count("<SEP>") != 1 or len(tokens) > MAX_LENGTH - 2:
+        raise InputError(f"{text!r} is not of the form 'digits <SEP> words', with at most {MAX_LENGTH - 2} tokens.")
+    return encode(["<CLS>", *tokens, "<SEP>"])
+
+
+def fill_in(model, texts: list[str]) -> list[str]:
+    """Each text with its masks filled in, what was filled in in brackets."""
+    prompts = [parse_text(text) for text in texts]
+    filled = generate(model, prompts)
+    return [" ".join(f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, decode(ids.tolist()))
+                     if i != CLS_ID).removesuffix(" <SEP>") for prompt, ids in zip(prompts, filled)]
+
+
+@torch.no_grad()
+def answer(model, numbers: list[int]) -> list[str]:
+    """What the model says to each number, by its task; wrong answers are marked, with what would have been right."""
+    lines = []
+    was_training = model.training
+    model.eval()
+    for number in numbers:
+        if model.task == "masked_lm":  # hide the middle word of the name
+            words = number_to_words(number)
+            hidden = len(words) // 2
+            truth = " ".join([*str(number), "<SEP>", *words[:hidden], f"[{words[hidden]}]", *words[hidden + 1:]])
+            said = fill_in(model, [truth.replace(f"[{words[hidden]}]", "<MASK>")])[0]
+            lines.append(said + ("" if said == truth else f"   WRONG: [{words[hidden]}]"))
+            continue
+        batch = toy_dataset.pad_batch([TASKS[model.task](number)])
+        logits, targets = predict(model, batch)
+        said, truth = ([describe_label(model.task, label) for label in labels[targets[0] != IGNORE].tolist()]
+                       for labels in (logits[0].argmax(dim=-1), targets[0]))
+        lines.append(f"{number} -> {', '.join(said)}" + ("" if said == truth else f"   WRONG: {', '.join(truth)}"))
+    model.train(was_training)
+    return lines
+
+
+def describe_label(task: str, label: int) -> str:
+    """A class, in words."""
+    return PLACES[label] if task == "tagging" else f"{label + 1} words"
+
+
+# ======================================================================================================
+# CHECKPOINTS
+# ======================================================================================================
+
+
+def all_constants(model) -> dict:
+    """What a checkpoint was made with: the model's sizes, and the language and the numbers that it learned."""
+    data = {name: getattr(toy_dataset, name) for name in ("MAX_DIGITS", "NUM_TRAIN", "SEED")}
+    return model.constants | {f"toy_dataset.{name}": value for name, value in data.items()}
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError, naming the folder, if nothing can be written where path is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent} is not writable: change its permissions, or CHECKPOINT in this file.")
+
+
+def save(model, path=CHECKPOINT) -> None:
+    """Write weights and constants to path. What stood there before is kept beside it, as *.old.
+
+    Atomic: the file is written under another name and then renamed, which happens at once or not at all. Whatever is
+    killed at whatever moment, under the checkpoint's name there is a whole checkpoint: the old one or the new.
+    """
+    path = Path(path)
+    check_writable(path)
+    if path.exists():
+        shutil.copy2(path, path.with_name(path.name + ".old"))
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({"architecture": type(model).__name__, "constants": all_constants(model), "weights": model.state_dict()},
+               temporary)
+    os.replace(temporary, path)
+
+
+def load(path=CHECKPOINT, model=None):
+    """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
+
+    Raises InputError when the file is no checkpoint, or not one of this model and these constants; FileNotFoundError
+    when there is none.
+    """
+    model = build_model() if model is None else model
+    remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
+    try:
+        # A pickle may hold any code, and run it when it is read. weights_only reads tensors, numbers and texts alone.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        architecture, constants, weights = (checkpoint[key] for key in ("architecture", "constants", "weights"))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is damaged, or not a checkpoint of this repository. {remedy}") from None
+    if architecture != type(model).__name__:
+        raise InputError(f"{path} holds a {architecture}, not a {type(model).__name__}. {remedy}")
+    for name, today in all_constants(model).items():
+        if constants.get(name) != today:
+            raise InputError(f"{path} was made with {name} = {constants.get(name)}, and now it is {today}. Change it "
+                             f"back. Or: {remedy}")
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+# ======================================================================================================
+# RUNNING THIS FILE
+# ======================================================================================================
+
+
+def parameter_formula(model) -> tuple[str, int]:
+    """How many parameters there should be, by arithmetic: the formula, and its value."""
+    V, C, F, L = len(VOCABULARY), *(model.constants[name] for name in ("D_MODEL", "D_FF", "NUM_LAYERS"))
+    formula, head = {"masked_lm": ("", 0), "tagging": (" + C*K + K", C * MAX_DIGITS + MAX_DIGITS),
+                     "counting": (" + C*C + C + C*K + K", C * C + C + C * MAX_WORDS + MAX_WORDS)}[model.task]
+    formula = "V*C + L*(4*(C*C + C) + (C*F + F) + (F*C + C) + 4*C) + 2*C" + formula
+    return formula, V * C + L * (4 * (C * C + C) + (C * F + F) + (F * C + C) + 4 * C) + 2 * C + head
+
+
+def print_configuration(model, loaders) -> None:
+    """What is about to be trained, and what its loss can be expected to be, before the first step."""
+    print(f"{type(model).__name__} on {next(model.parameters()).device}: "
+          + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    formula, expected = parameter_formula(model)
+    print(f"Parameters: {count:,}, and by arithmetic {formula} = {expected:,}")
+    sizes = [f"{len(loader.dataset):,}" for loader in loaders]
+    print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
+    with torch.no_grad():
+        loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V); {loss_sum / num_targets:.3f} this model, "
+          f"untrained; {describe_floor(loaders.validation.dataset)}\n")
+
+
+def describe_floor(dataset) -> str:
+    """What is known about the least loss that is possible on these numbers, as text."""
+    return "0 is out of reach, as who\nsees neither a digit nor its word cannot know them"
+
+
+def checkpoint_of(task: str) -> Path:
+    """Where the model of a task is saved: the pretrained one at CHECKPOINT, the others beside it."""
+    return CHECKPOINT if task == "masked_lm" else CHECKPOINT.with_name(f"{CHECKPOINT.stem}_{task}.pt")
+
+
+def show_pretraining_gain(pretrained) -> None:
+    """What pretraining bought, by number of labelled examples. The same head, steps and numbers for both starts."""
+    print("\nWHAT PRETRAINING BOUGHT: share of held-out numbers wholly right, by number of labelled examples\n"
+          f"({FINE_TUNING_STEPS} steps of fine-tuning each)\n\n  {'':26}" + "".join(f"{n:>9,}" for n in NUM_LABELS))
+    bar = tqdm(desc="fine-tuning", ascii=True, ncols=95, mininterval=0.5)
+    for task in ("tagging", "counting"):
+        for name, start in (("from scratch", None), ("pretrained", pretrained)):
+            line = f"  {task + ', ' + name:26}"
+            for n in NUM_LABELS:
+                torch.manual_seed(SEED)
+                loaders = create_dataloaders(task=task, num_train=n)
+                line += f"{fine_tune(start, loaders, task, 1, bar)[1][-1]['exact_match']:9.1%}"
+            bar.write(line)
+    bar.close()
+
+
+def show_mask_predict(model, counter) -> None:
+    """Writing with a model that was made to fill holes, and what it takes to do that."""
+    numbers = toy_dataset.make_splits().test[:500]
+    names = [number_to_words(number) for number in numbers]
+    prompts = [encode(["<CLS>", *str(number), "<SEP>"]) for number in numbers]
+    with torch.no_grad():
+        batch = toy_dataset.pad_batch([TASKS["counting"](number) for number in numbers])
+        labels = predict(counter, batch)[0].argmax(dim=-1)                              # (B, 1)
+    told = [len(name) for name in names]
+    guessed = [label + 1 for label in labels.flatten().tolist()]
+    print("\nMASK-PREDICT: writing, with a model made to fill holes. Share of 500 held-out names wholly right,\n"
+          f"by what is hidden and by rounds\n\n  {'':44}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
+    rng = random.Random(SEED)
+    for label, share, lengths in [("one word hidden", 0, told), ("half of the words hidden", 0.5, told),
+                                  ("all words hidden, their number told", 1, told),
+                                  ("all words hidden, their number as it counts", 1, guessed)]:
+        texts = []
+        for prompt, name, length in zip(prompts, names, lengths):
+            hidden = set(rng.sample(range(length), max(1, round(share * length))))
+            words = ["<MASK>" if i in hidden else name[i] for i in range(length)]
+            texts.append(prompt + encode([*words, "<SEP>"]))
+        row = []
+        for iterations in (1, 4, 10):
+            filled = generate(model, texts, iterations)
+            right = sum(decode(ids.tolist())[len(p):-1] == name for ids, p, name in zip(filled, prompts, names))
+            row.append(f"{right / len(names):11.1%}")
+        print(f"  {label:44}" + "".join(row))
+    print("  Why this is not natural for it: someone must say first how many words there will be; the words of a\n"
+          "  round are guessed side by side, none knowing the others; and in training most of the text was there to lean on.")
+
+
+def train_and_test() -> dict:
+    """Pretrain, fine-tune for both tasks, test each once on the test numbers, save all. Returns the models by task."""
+    check_writable(CHECKPOINT)  # before minutes of training, not after them
+    torch.manual_seed(SEED)
+    pretrained, loaders = build_model(), create_dataloaders()
+    print("PRETRAINING: find the hidden tokens")
+    print_configuration(pretrained, loaders)
+    train(pretrained, loaders)
+    found = evaluate(pretrained, loaders.test)
+    models = {"masked_lm": pretrained}
+    numbers = loaders.test.dataset.numbers
+    print(f"\nTEST on {len(numbers):,} numbers never seen: {found['accuracy']:.2%} of the hidden tokens found")
+    for task in ("tagging", "counting"):
+        print(f"\nFINE-TUNING: {task}, {toy_dataset.NUM_TRAIN:,} labelled numbers")
+        loaders = create_dataloaders(task=task)
+        models[task], _ = fine_tune(pretrained, loaders, task)
+        found = evaluate(models[task], loaders.test)
+        print(f"TEST on {len(numbers):,} numbers never seen: {found['exact_match']:.2%} wholly right, "
+              f"{len(found['mistakes'])} wrong")
+        for line in answer(models[task], [numbers[i] for i in found["mistakes"][:5]]):
+            print("  " + line)
+    for task, model in models.items():
+        save(model, checkpoint_of(task))
+    print(f"Saved to {CHECKPOINT.with_name(CHECKPOINT.stem)}*.pt")
+    return models
+
+
+def parse_question(text: str) -> int | str:
+    """A number, or a text with masks to fill in. Raises InputError if it is neither."""
+    if "<" in text or " " in text:
+        parse_text(text)
+        return text
+    return parse_number(text)
+
+
+def main(*questions: int | str) -> None:
+    """Without questions: train, test, show. With questions: answer them, with the saved models if there are any."""
+    if questions and all(checkpoint_of(task).exists() for task in TASKS):
+        models = {task: load(checkpoint_of(task), build_model(task=task)) for task in TASKS}
+    else:
+        models = train_and_test()
+    for question in questions:
+        if isinstance(question, str):
+            print(f"{question} -> {fill_in(models['masked_lm'], [question])[0]}")
+        else:
+            print(answer(models["tagging"], [question])[0])
+            print(answer(models["counting"], [question])[0])
+    if questions:
+        return
+    print("\nEXAMPLES: the masks filled in")
+    for text, filled in zip(MASKED_EXAMPLES, fill_in(models["masked_lm"], MASKED_EXAMPLES)):
+        print(f"  {text}\n    -> {filled}")
+    print("\nEXAMPLES: what each digit is worth, and how many words the name has")
+    for tags, count in zip(*(answer(models[task], EXAMPLES) for task in ("tagging", "counting"))):
+        print(f"  {tags}; {count.partition(' -> ')[2]}")
+    show_mask_predict(models["masked_lm"], models["counting"])
+    show_pretraining_gain(models["masked_lm"])
+    print("\nNext: python encoder_only.py 342 '90210 <SEP> ninety <MASK> two hundred ten', or change a constant at\n"
+          "the top of the file and run it again; then `diff encoder_only.py decoder_only.py`: what makes a GPT of a BERT.")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_question)
