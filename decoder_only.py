@@ -379,9 +379,9 @@ def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_f
 # ======================================================================================================
 
 
-def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED) -> toy_dataset.Splits:
+def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, loss_on_prompt=LOSS_ON_PROMPT) -> toy_dataset.Splits:
     """Training, validation and test batches of {"ids", "targets"}, both (B, T)."""
-    make_example = partial(toy_dataset.decoder_only_example, loss_on_prompt=LOSS_ON_PROMPT)
+    make_example = partial(toy_dataset.decoder_only_example, loss_on_prompt=loss_on_prompt)
     return toy_dataset.make_dataloaders(make_example, batch_size, seed)
 
 

@@ -28,8 +28,8 @@ What it is for: understanding. Tagging, classifying, searching, comparing: whene
 answer is asked for. What it is not for: writing. It learned to fill a few holes in a finished text, not to go on where
 a text ends. It can be made to (mask-predict, below), and you will see what that costs.
 
-What you will see when you run it (about three minutes on two CPU cores): pretraining, masks filled in, both fine-tunings
-with their accuracy on held-out numbers, what pretraining bought, by number of labelled examples, and mask-predict.
+What you will see when you run it (about three minutes on two CPU cores): pretraining, masks filled in, two
+fine-tunings and their accuracy on held-out numbers, mask-predict, and what pretraining bought, by number of labels.
 
     python encoder_only.py                                          train, test, show, and save checkpoints/
     python encoder_only.py 342 90210                                place values, and how many words the name has
@@ -529,7 +529,8 @@ def evaluate(model, loader) -> dict:
     """
     was_training = model.training
     model.eval()
-    generator = torch.Generator().manual_seed(SEED)  # the same tokens are hidden at each evaluation
+    # The same tokens are hidden at each evaluation, so that two evaluations differ by the model and by nothing else.
+    generator = torch.Generator().manual_seed(SEED)
     loss_sum, num_targets, num_hits, asked, right = 0.0, 0, 0, [], []
     for batch in loader:
         logits, targets = predict(model, batch, generator)
@@ -551,6 +552,8 @@ def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
     pretrained: the masked LM whose encoder it starts from; None starts from random weights.
     """
     model = build_model(task=task) if pretrained is None else build_fine_tuned(pretrained, task)
+    # All weights go on learning, not the head's alone (BERT does the same). Counted in steps, not in epochs, so that who
+    # has few labels is trained as long as who has many, and only the number of labels differs.
     num_epochs = math.ceil(FINE_TUNING_STEPS / len(loaders.train))
     return model, train(model, loaders, num_epochs, FINE_TUNING_LEARNING_RATE, num_evaluations, progress)
 
@@ -562,7 +565,7 @@ def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
 
 @torch.no_grad()
 def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Tensor:
-    """Fill in the <MASK>s of each prompt (a list of ids of any length). Returns whole texts (B, T), padded at the right.
+    """Fill in the <MASK>s of each prompt (a list of ids). Returns the texts, (B, T), padded on the right.
 
     Mask-predict (Ghazvininejad et al. 2019): predict all masks at once, keep those of which the model is surest, mask
     the others again, and predict these anew, now with the kept ones in view. After round i of N at most
@@ -580,7 +583,7 @@ def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Te
     asked = ids == MASK_ID                                                              # (B, T), what to fill in
     num_asked = asked.sum(dim=1, keepdim=True)                                          # (B, 1)
     for i in range(1, iterations + 1):
-        masked = ids == MASK_ID
+        masked = ids == MASK_ID                                                         # (B, T), what is still open
         logits = model(ids).float()
         logits[..., : len(SPECIAL_TOKENS)] = -math.inf                                  # answers are digits and words
         confidence, best = logits.softmax(dim=-1).max(dim=-1)                           # (B, T)
@@ -621,7 +624,7 @@ def answer(model, numbers: list[int]) -> list[str]:
     lines = []
     was_training = model.training
     model.eval()
-    for number in numbers:
+    for number in numbers:  # one at a time: a few to look at
         if model.task == "masked_lm":  # hide the middle word of the name
             words = number_to_words(number)
             hidden = len(words) // 2
@@ -784,7 +787,7 @@ def show_mask_predict(model, counter) -> None:
             row.append(f"{right / len(names):11.1%}")
         print(f"  {label:44}" + "".join(row))
     print("  Why this is not natural for it: someone must say first how many words there will be; the words of a\n"
-          "  round are guessed side by side, none knowing the others; and in training most of the text was there to lean on.")
+          "  round are guessed side by side, none knowing the others; and in training most of the text was there.")
 
 
 def train_and_test() -> dict:
@@ -845,7 +848,7 @@ def main(*questions: int | str) -> None:
     show_mask_predict(models["masked_lm"], models["counting"])
     show_pretraining_gain(models["masked_lm"])
     print("\nNext: python encoder_only.py 342 '90210 <SEP> ninety <MASK> two hundred ten', or change a constant at\n"
-          "the top of the file and run it again; then `diff encoder_only.py decoder_only.py`: what makes a GPT of a BERT.")
+          "the top and run it again; then `diff encoder_only.py decoder_only.py`: what makes a GPT of a BERT.")
 
 
 if __name__ == "__main__":
