@@ -453,8 +453,8 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
 
     loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to move on; without it this shows its
     own, and a line at each evaluation. Returns the history, one dict per step: step, loss, learning_rate, grad_norm
-    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss stops
-    being a finite number.
+    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss is no
+    longer finite, or has left all reason.
     """
     check_training(num_epochs, learning_rate)
     optimizer = create_optimizer(model, learning_rate)
@@ -476,10 +476,12 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
             loss.backward()
             # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-            if not (loss.isfinite() and grad_norm.isfinite()):
+            # NaN compares as False. And a loss of ten times blind guessing is as lost, though norms and clipping may
+            # keep it finite for ever.
+            if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
                 raise FloatingPointError(
-                    f"The loss stopped being a finite number at step {step + 1}. Lower LEARNING_RATE = {learning_rate} "
-                    f"or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
+                    f"Training diverged: the loss is {loss.item():.4g} at step {step + 1}. Lower LEARNING_RATE = "
+                    f"{learning_rate} or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
             optimizer.step()
             history.append({"step": step + 1, "loss": loss.item(), "learning_rate": group["lr"],
                             "grad_norm": grad_norm.item()})
@@ -771,6 +773,7 @@ def show_strategies(model) -> None:
         "top-k 5": dict(temperature=1.0, top_k=5),
         "top-p 0.9": dict(temperature=1.0, top_p=0.9),
         "repetition penalty 2": dict(temperature=0.0, repetition_penalty=2.0),
+        "your constants": {},  # TEMPERATURE, TOP_K, TOP_P and REPETITION_PENALTY as they stand at the top
     }
     held_out = toy_dataset.make_splits().test[:500]
     samples = []

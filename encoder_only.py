@@ -475,8 +475,8 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
 
     loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to move on; without it this shows its
     own, and a line at each evaluation. Returns the history, one dict per step: step, loss, learning_rate, grad_norm
-    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss stops
-    being a finite number.
+    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss is no
+    longer finite, or has left all reason.
     """
     check_training(num_epochs, learning_rate)
     optimizer = create_optimizer(model, learning_rate)
@@ -498,10 +498,12 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
             loss.backward()
             # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-            if not (loss.isfinite() and grad_norm.isfinite()):
+            # NaN compares as False. And a loss of ten times blind guessing is as lost, though norms and clipping may
+            # keep it finite for ever.
+            if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
                 raise FloatingPointError(
-                    f"The loss stopped being a finite number at step {step + 1}. Lower LEARNING_RATE = {learning_rate} "
-                    f"or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
+                    f"Training diverged: the loss is {loss.item():.4g} at step {step + 1}. Lower LEARNING_RATE = "
+                    f"{learning_rate} or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
             optimizer.step()
             history.append({"step": step + 1, "loss": loss.item(), "learning_rate": group["lr"],
                             "grad_norm": grad_norm.item()})
@@ -552,8 +554,8 @@ def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
     pretrained: the masked LM whose encoder it starts from; None starts from random weights.
     """
     model = build_model(task=task) if pretrained is None else build_fine_tuned(pretrained, task)
-    # All weights go on learning, not the head's alone (BERT does the same). Counted in steps, not in epochs, so that who
-    # has few labels is trained as long as who has many, and only the number of labels differs.
+    # All weights go on learning, not the head's alone (BERT does the same). Counted in steps, not in epochs: few labels
+    # are trained on for as long as many, so that nothing differs but their number.
     num_epochs = math.ceil(FINE_TUNING_STEPS / len(loaders.train))
     return model, train(model, loaders, num_epochs, FINE_TUNING_LEARNING_RATE, num_evaluations, progress)
 

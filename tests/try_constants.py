@@ -1,0 +1,80 @@
+"""try_constants.py - sets one constant at a time to the values that its comment says to try, and shows what happens.
+
+    python tests/try_constants.py                    all three architecture files (half an hour on two CPU cores)
+    python tests/try_constants.py decoder_only       one of them
+    python tests/try_constants.py decoder_only NUM_LAYERS NUM_HEADS
+
+Each run is the script itself, in a copy of the folder in which a checkpoint of the unchanged file lies around, with a
+shorter training than by default (see SHORT), so that a table takes minutes. Differences of a percent or so are noise;
+run the file by itself to see a change at full length. "refused" rows show the sentence with which the script refused.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FILES = ["encoder_only", "decoder_only", "encoder_decoder"]
+SHORT = {"NUM_EPOCHS": 4, "FINE_TUNING_STEPS": 200, "NUM_LABELS": [100]}  # instead of the files' own
+NUM_TEST = 2_000
+
+
+def values_to_try(source: str) -> list[tuple[str, str]]:
+    """All (constant, value) pairs that the comments beside the constants propose: `D_MODEL = 128  # ... Try 32, 256`.
+
+    >>> values_to_try("WIDTH = 1  # how wide. Try 2 (too wide, (very)), 3.5e-1: no more, None\\n")
+    [('WIDTH', '2'), ('WIDTH', '3.5e-1'), ('WIDTH', 'None')]
+    """
+    pairs = []
+    for name, proposals in re.findall(r"^([A-Z_]+) = .*#.*\bTry (.*)$", source, re.MULTILINE):
+        proposals = re.sub(r"\([^()]*(\([^()]*\))?[^()]*\)", "", proposals)                   # without the remarks
+        pairs += [(name, value) for value in re.findall(r"(?:^|, )(-?\d[\d.e_-]*|None|True|False)\b", proposals)]
+    return pairs
+
+
+def set_constants(path: Path, constants: dict) -> None:
+    """Rewrite `NAME = ...` in a file; each name must stand there once."""
+    source = path.read_text()
+    for name, value in constants.items():
+        source, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, flags=re.MULTILINE)
+        if count > 1:
+            raise ValueError(f"{name} is set {count} times in {path}")
+    path.write_text(source)
+
+
+def run(name: str, folder: Path, constants: dict) -> str:
+    """Run a script with changed constants, in a folder that may hold an older checkpoint. Returns what came of it."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    set_constants(folder / f"{name}.py", SHORT | constants)
+    set_constants(folder / "toy_dataset.py", {"NUM_TEST": NUM_TEST})
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, f"{name}.py"], cwd=folder, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1]
+        return ("CRASHED " if "Traceback" in done.stderr else "refused ") + last.rpartition(".py: ")[2]
+    figures = re.findall(r"never seen: ([\d.]+%)", done.stdout)
+    loss = re.findall(r"held-out: loss ([\d.]+)", done.stdout)[-1]
+    return f"{seconds:6.0f} s   held-out: {', '.join(figures)}, last loss {loss}"
+
+
+def main(arguments: list[str]) -> None:
+    """Try them all, or those that were named."""
+    names = [name for name in arguments if name in FILES] or FILES
+    wanted = [constant for constant in arguments if constant not in FILES]
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            print(f"\n{name}.py, {SHORT['NUM_EPOCHS']} epochs, tested on {NUM_TEST:,} held-out numbers", flush=True)
+            print(f"  {'as it stands':28}{run(name, Path(folder), {})}", flush=True)
+            for constant, value in values_to_try((ROOT / f"{name}.py").read_text()):
+                if not wanted or constant in wanted:
+                    print(f"  {f'{constant} = {value}':28}{run(name, Path(folder), {constant: value})}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
