@@ -18,7 +18,7 @@ import encoder_only
 from toy_dataset import number_to_words, run_script
 
 BATCH_SIZE = 128                                                                 # numbers per step. Try 32, 512
-NUM_EPOCHS = {"encoder_only": 2, "decoder_only": 4, "encoder_decoder": 4}        # passes over them. Try 1 for each
+NUM_EPOCHS = {"encoder_only": 2, "decoder_only": 4, "encoder_decoder": 3}        # passes over them. Try 1 for each
 SEED = 0                                                                         # Try 1: how much of it is luck?
 EXAMPLES = [42, 342, 7001, 90210, 600006]                                        # numbers to ask about. Try your own
 

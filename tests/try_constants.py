@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILES = ["encoder_only", "decoder_only", "encoder_decoder"]
-SHORT = {"NUM_EPOCHS": 4, "FINE_TUNING_STEPS": 200, "NUM_LABELS": [100]}  # instead of the files' own
+SHORT = {"NUM_EPOCHS": 2, "FINE_TUNING_STEPS": 100, "NUM_LABELS": [100]}  # instead of the files' own
 NUM_TEST = 2_000
 
 
@@ -37,7 +37,7 @@ def values_to_try(source: str) -> list[tuple[str, str]]:
 
 
 def set_constants(path: Path, constants: dict) -> None:
-    """Rewrite `NAME = ...` in a file; each name must stand there once."""
+    """Rewrite `NAME = ...` in a file; a name that it does not have is left out, one that it sets twice is refused."""
     source = path.read_text()
     for name, value in constants.items():
         source, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, flags=re.MULTILINE)
