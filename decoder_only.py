@@ -696,9 +696,11 @@ def load(path=CHECKPOINT, model=None):
     remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
     try:
         # A pickle may hold any code, and run it when it is read. weights_only reads tensors, numbers and texts alone.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         architecture, constants, weights = (checkpoint[key] for key in ("architecture", "constants", "weights"))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError):
         raise InputError(f"{path} is damaged, or not a checkpoint of this repository. {remedy}") from None
     if architecture != type(model).__name__:
         raise InputError(f"{path} holds a {architecture}, not a {type(model).__name__}. {remedy}")
