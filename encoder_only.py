@@ -405,7 +405,8 @@ def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, task="masked_lm", num_t
 def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's logits for a batch (B, T, classes), and the targets that they are meant to hit (B, T).
 
-    In counting T is 1, the one answer at <CLS>. The masked LM's tokens are hidden here; generator: see mask_tokens.
+    In counting T is 1, the one answer at <CLS>. The masked LM's tokens are hidden here, unless the batch brings its own
+    "targets": then they were hidden by whoever made it. generator: see mask_tokens.
     """
     device = next(model.parameters()).device
     ids = batch["ids"].to(device)
@@ -413,6 +414,8 @@ def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
         return model(ids), batch["places"].to(device)
     if "count" in batch:
         return model(ids), batch["count"][:, None].to(device)
+    if "targets" in batch:
+        return model(ids), batch["targets"].to(device)
     corrupted, targets = mask_tokens(ids, generator)
     return model(corrupted), targets
 

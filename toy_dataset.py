@@ -426,10 +426,10 @@ def main():
 
     splits = make_splits()
     print(f"\nSPLITS of the {10**MAX_DIGITS:,} numbers, by number of digits (SEED = {SEED})")
-    print("  " + " " * 12 + "".join(f"{length:>9}" for length in range(1, MAX_DIGITS + 1)) + f"{'all':>10}")
+    print("  " + " " * 12 + "".join(f"{length:>7}" for length in range(1, MAX_DIGITS + 1)) + f"{'all':>8}")
     for name, numbers in zip(Splits._fields, splits):
         counts = [sum(len(str(n)) == length for n in numbers) for length in range(1, MAX_DIGITS + 1)]
-        print(f"  {name:12}" + "".join(f"{c:>9,}" for c in counts) + f"{len(numbers):>10,}   e.g. {numbers[:3]}")
+        print(f"  {name:12}" + "".join(f"{c:>7,}" for c in counts) + f"{len(numbers):>8,}  e.g. {numbers[:2]}")
     sets = [set(numbers) for numbers in splits]
     shared = len(sets[0] & sets[1]) + len(sets[0] & sets[2]) + len(sets[1] & sets[2])
     print(f"  numbers in more than one split: {shared}")

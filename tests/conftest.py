@@ -1,0 +1,58 @@
+"""What several test files need: the repository on the path, small models, and one of each that has learned a little."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import decoder_only  # noqa: E402
+import encoder_decoder  # noqa: E402
+import encoder_only  # noqa: E402
+
+TINY = dict(d_model=32, num_layers=2, num_heads=4, d_ff=64, dropout=0.0, max_length=40)
+MODULES = [encoder_only, decoder_only, encoder_decoder]
+
+
+def tiny(module, seed=0, **changes):
+    """A small untrained model in evaluation mode, its weights larger than usual so that outputs differ clearly."""
+    torch.manual_seed(seed)
+    model = module.build_model(**TINY | changes).cpu().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(params=MODULES, ids=lambda module: module.__name__)
+def module(request):
+    return request.param
+
+
+def quick_training(module, num_epochs=2, **options):
+    """A small model after a short training: not good, but far from random."""
+    torch.manual_seed(0)
+    model = module.build_model(**TINY | {"d_model": 64}, **options)
+    loaders = (module.create_dataloaders(128, 0, **options) if module is encoder_only
+               else module.create_dataloaders(128, 0))
+    module.train(model, loaders, num_epochs, 4e-3, 1, tqdm(disable=True, total=1))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def trained_decoder():
+    return quick_training(decoder_only)
+
+
+@pytest.fixture(scope="session")
+def trained_encoder_decoder():
+    return quick_training(encoder_decoder)
+
+
+@pytest.fixture(scope="session")
+def trained_encoder():
+    return quick_training(encoder_only, 1)

@@ -1,0 +1,121 @@
+"""kill_train_all.py - kills train_all.py at random moments, twenty times, and shows that nothing is lost.
+
+    python tests/kill_train_all.py         some minutes
+
+Each run is the script itself, in a copy of the folder with small models, a checkpoint after every step, dropout, and
+encoder_only's pretraining and fine-tunings, so that masks, dropout, order, optimizer, best weights and trainings that
+start from another are all at stake. It runs once undisturbed. Then it is started, killed at a random moment of its
+training (SIGKILL: no chance to tidy up), and started again, until it finishes; and all over again, until there were
+twenty kills. After each kill, every file under a checkpoint's name must be whole. Each finished run must have the
+undisturbed one's weights, optimizer and history, to the last bit.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+NUM_KILLS = 20
+SMALL_MODEL = {"D_MODEL": 16, "NUM_LAYERS": 1, "NUM_HEADS": 2, "D_FF": 32, "DROPOUT": 0.1}
+SMALL = {
+    "toy_dataset.py": {"NUM_TRAIN": 300, "NUM_VALIDATION": 100, "NUM_TEST": 100},
+    "encoder_only.py": SMALL_MODEL,
+    "decoder_only.py": SMALL_MODEL,
+    "encoder_decoder.py": SMALL_MODEL,
+    "train_all.py": {"ARCHITECTURES": ["encoder_only"], "GLOBAL_BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 6, "NUM_EPOCHS": 3,
+                     "FINE_TUNING_EPOCHS": 1, "EVALUATE_EVERY": 10, "CHECKPOINT_EVERY": 1},
+}
+
+
+def small_copy(folder: Path, **constants) -> Path:
+    """A copy of the scripts in which the constants of SMALL, and those of train_all.py that are given, are changed."""
+    folder.mkdir()
+    for file in ROOT.glob("*.py"):
+        source = file.read_text()
+        for name, value in (SMALL.get(file.name, {}) | (constants if file.name == "train_all.py" else {})).items():
+            source, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value!r}  ", source, flags=re.MULTILINE)
+            assert count == 1, f"{name} is set {count} times in {file.name}"
+        (folder / file.name).write_text(source)
+    return folder
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen:
+    """Start train_all.py in a folder; command: what to start it with, instead of python."""
+    # One thread: two processes with two threads each would wait for one another on a machine with two cores.
+    return subprocess.Popen([*(command or [sys.executable]), "train_all.py"], cwd=folder, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run(folder: Path, *command: str) -> tuple[str, str]:
+    """Run train_all.py in a folder to its end. Returns what it printed, and what it printed to stderr."""
+    process = start(folder, *command)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return printed, errors
+
+
+def files_of(folder: Path) -> dict:
+    """All checkpoints and histories in a folder, read; to read them shows that they are whole."""
+    files = {path.relative_to(folder): torch.load(path, weights_only=True) for path in folder.rglob("*.pt")}
+    return files | {path.relative_to(folder): json.loads(path.read_text()) for path in folder.rglob("*.json")}
+
+
+def differences(found, expected, place="") -> list[str]:
+    """Where two nested structures of tensors, numbers and texts differ, to the last bit; seconds may."""
+    if isinstance(expected, dict) and isinstance(found, dict) and found.keys() == expected.keys():
+        return [line for key in expected if key != "seconds"
+                for line in differences(found[key], expected[key], f"{place}/{key}")]
+    if isinstance(expected, (list, tuple)) and isinstance(found, (list, tuple)) and len(found) == len(expected):
+        return [line for i, pair in enumerate(zip(found, expected)) for line in differences(*pair, f"{place}/{i}")]
+    same = torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
+    return [] if same else [place]
+
+
+def run_and_kill(folder: Path, rng: random.Random) -> bool:
+    """Start train_all.py, and kill it a moment after it has looked at the validation numbers one to three times.
+
+    Counted in lines, so that the kill falls into the training however slow the machine is. False if it finished first.
+    """
+    process, lines = start(folder), rng.randint(1, 3)
+    for line in process.stdout:
+        lines -= "held-out:" in line
+        if lines == 0:
+            time.sleep(rng.uniform(0, 0.3))
+            process.kill()
+    process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL)
+    return process.returncode != 0
+
+
+def main() -> None:
+    """Twenty kills, and what they changed."""
+    rng = random.Random()
+    with tempfile.TemporaryDirectory() as temporary:
+        undisturbed = small_copy(Path(temporary) / "undisturbed", NUM_EPOCHS=6)
+        run(undisturbed)
+        expected = files_of(undisturbed)
+        kills = runs = 0
+        while kills < NUM_KILLS:
+            runs += 1
+            folder = small_copy(Path(temporary) / f"killed{runs}", NUM_EPOCHS=6)
+            while run_and_kill(folder, rng):
+                kills += 1
+                steps = [file["step"] for path, file in files_of(folder).items() if path.name.endswith("_last.pt")]
+                print(f"  kill {kills:2}: every file is whole; steps taken so far: {sum(steps)}", flush=True)
+            wrong = differences(files_of(folder), expected)
+            print(f"Run {runs} finished. Other than undisturbed: {', '.join(wrong) or 'nothing'}", flush=True)
+            if wrong:
+                sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The causal mask, the KV cache, sampling strategies, generation."""
+
+import pytest
+import torch
+from conftest import tiny
+
+import decoder_only as gpt
+import toy_dataset
+from toy_dataset import EOS_ID, PAD_ID, SEP_ID, SOS_ID, VOCABULARY, InputError
+
+PROMPTS = [gpt.make_prompt(number) for number in (7, 90210, 342, 55)]
+
+
+def text_of(number):
+    return torch.tensor([toy_dataset.decoder_only_example(number)["ids"]])
+
+
+# --- what may look at what ---
+
+
+def test_changing_a_token_leaves_all_earlier_outputs_exactly_as_they_were():
+    model, ids = tiny(gpt), text_of(90210)
+    before = model(ids)
+    for t in range(1, ids.size(1)):
+        changed = ids.clone()
+        changed[0, t] = 30 if ids[0, t] != 30 else 31
+        after = model(changed)
+        assert after[0, :t].equal(before[0, :t])
+        assert (after[0, t:] != before[0, t:]).any(dim=-1).all()
+
+
+def test_the_gradient_of_an_output_by_a_later_input_is_exactly_zero():
+    model, ids = tiny(gpt), text_of(342)
+    x = model.embed(ids, torch.arange(ids.size(1))).detach().requires_grad_()
+    model.embed = lambda *_: x
+    (gradient,) = torch.autograd.grad(model(ids)[0, 3].sum(), x)
+    assert (gradient[0, 4:] == 0).all() and (gradient[0, :4] != 0).any(dim=-1).all()
+
+
+def test_the_rows_of_a_causal_mask_are_the_last_positions():
+    assert gpt.make_causal_mask(1, 4).tolist() == [[True] * 4]
+    assert gpt.make_causal_mask(2, 3).tolist() == [[True, True, False], [True, True, True]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_no_real_position(side):
+    model, ids = tiny(gpt), text_of(342)
+    pad = torch.full((1, 4), PAD_ID)
+    if side == "left":
+        padded = model(torch.cat([pad, ids], dim=1))[:, 4:]
+    else:
+        padded = model(torch.cat([ids, pad], dim=1))[:, : ids.size(1)]
+    torch.testing.assert_close(padded, model(ids), atol=1e-5, rtol=1e-5)
+
+
+# --- the cache ---
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_cached_logits_are_the_recomputed_ones_at_every_step(pad):
+    model = tiny(gpt)
+    ids = torch.cat([torch.full((1, pad), PAD_ID, dtype=torch.long), text_of(90210)], dim=1)
+    cache, first = model.new_cache(), pad + 4
+    for length in [first, *range(first + 1, ids.size(1) + 1)]:
+        cached = model(ids[:, :length], cache)[:, -1]
+        torch.testing.assert_close(cached, model(ids[:, :length])[:, -1], atol=1e-5, rtol=1e-5)
+        assert len(cache[0]) == length
+
+
+@pytest.mark.parametrize("settings", [dict(temperature=0.0), dict(temperature=1.0), dict(temperature=1.0, top_p=0.8)])
+def test_generation_with_the_cache_gives_the_tokens_that_recomputing_gives(trained_decoder, settings):
+    texts = [gpt.generate(trained_decoder, PROMPTS, use_cache=use_cache, generator=torch.Generator().manual_seed(1),
+                          **settings) for use_cache in (True, False)]
+    assert texts[0].equal(texts[1])
+
+
+def test_each_token_costs_one_forward_pass_of_one_position_and_the_last_one_none(trained_decoder):
+    lengths, forward = [], trained_decoder.embed
+    trained_decoder.embed = lambda ids, positions: lengths.append(ids.size(1)) or forward(ids, positions)
+    new = gpt.generate(trained_decoder, [PROMPTS[1]], max_new_tokens=4)
+    del trained_decoder.embed
+    assert lengths == [len(PROMPTS[1])] + [1] * (new.size(1) - 1)
+
+
+# --- generation ---
+
+
+def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(trained_decoder):
+    together = gpt.generate(trained_decoder, PROMPTS)
+    for prompt, row in zip(PROMPTS, together):
+        alone = gpt.generate(trained_decoder, [prompt])[0]
+        assert row[: len(alone)].equal(alone) and (row[len(alone):] == PAD_ID).all()
+
+
+def test_top_k_1_and_tiny_top_p_are_greedy(trained_decoder):
+    greedy = gpt.generate(trained_decoder, PROMPTS, temperature=0.0)
+    assert gpt.generate(trained_decoder, PROMPTS, temperature=1.0, top_k=1).equal(greedy)
+    assert gpt.generate(trained_decoder, PROMPTS, temperature=1.0, top_p=1e-6).equal(greedy)
+
+
+def test_after_the_end_there_is_only_padding_and_the_limit_holds(trained_decoder):
+    new = gpt.generate(trained_decoder, [[SOS_ID]] * 50, max_new_tokens=12, temperature=1.0)
+    assert new.size(1) <= 12
+    for row in new.tolist():
+        assert row.count(EOS_ID) <= 1
+        if EOS_ID in row:
+            assert set(row[row.index(EOS_ID) + 1:]) <= {PAD_ID}
+        assert PAD_ID not in row[: row.index(EOS_ID) if EOS_ID in row else None]
+
+
+def test_generation_stops_at_max_length():
+    model = tiny(gpt, max_length=8)
+    assert gpt.generate(model, [[SOS_ID, 7, 8]], max_new_tokens=50, temperature=1.0).size(1) <= 6
+
+
+def test_a_generator_makes_sampling_repeatable_and_leaves_the_global_one_alone(trained_decoder):
+    state = torch.get_rng_state()
+    first, second = (gpt.generate(trained_decoder, [[SOS_ID]] * 5, temperature=1.0,
+                                  generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first.equal(second) and torch.get_rng_state().equal(state)
+
+
+def test_generation_is_without_dropout_and_puts_the_mode_back():
+    model = tiny(gpt, dropout=0.5)
+    for training in (True, False):
+        model.train(training)
+        assert gpt.generate(model, PROMPTS).equal(gpt.generate(model, PROMPTS))
+        assert model.training is training
+
+
+@pytest.mark.parametrize("settings, name", [
+    (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
+    (dict(top_p=1.5), "top_p"), (dict(repetition_penalty=0), "repetition"), (dict(max_new_tokens=0), "max_new")])
+def test_settings_that_mean_nothing_are_refused(settings, name):
+    with pytest.raises(ValueError, match=name):
+        gpt.generate(tiny(gpt), PROMPTS, **settings)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]]])
+def test_there_must_be_something_to_continue(prompts):
+    with pytest.raises(InputError, match="prompt"):
+        gpt.generate(tiny(gpt), prompts)
+
+
+# --- strategies ---
+
+
+def test_exactly_k_tokens_survive_top_k_ties_included():
+    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [4.0, 3.0, 2.0, 1.0]])
+    for k in (1, 2, 3, 4, 9):
+        assert (gpt.keep_top_k(logits, k) > -torch.inf).sum(dim=-1).tolist() == [min(k, 4)] * 2
+    assert gpt.keep_top_k(logits, 2)[1].tolist() == [4, 3, -torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("p, kept", [(1e-9, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4), (1.0, 4)])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
+    logits = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+    survivors = gpt.keep_top_p(logits, p) > -torch.inf
+    order = [1, 3, 0, 2]
+    assert survivors[0].nonzero().flatten().tolist() == sorted(order[:kept])
+
+
+def test_top_p_keeps_exactly_as_many_tokens_as_a_plain_loop_would():
+    torch.manual_seed(0)
+    for logits in torch.randn(20, 12, dtype=torch.float64):
+        mass, count = 0.0, 0
+        for probability in logits.softmax(-1).sort(descending=True).values:
+            if mass >= 0.7:
+                break
+            mass, count = mass + probability, count + 1
+        assert (gpt.keep_top_p(logits[None], 0.7) > -torch.inf).sum() == count
+
+
+def test_temperature_sharpens_and_flattens_and_one_changes_nothing():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    entropy = [-(p * p.log()).sum() for t in (0.5, 1, 2) for p in [gpt.scale_by_temperature(logits, t).softmax(-1)]]
+    assert entropy[0] < entropy[1] < entropy[2]
+    assert gpt.scale_by_temperature(logits, 1.0).equal(logits)
+
+
+def test_repetition_penalty_moves_written_tokens_down_whatever_their_sign():
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    assert gpt.penalize_repetition(logits, torch.tensor([[0, 1]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
+    assert gpt.penalize_repetition(logits, torch.tensor([[0, 1]]), 1.0).equal(logits)
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(20000, 3)
+    drawn = gpt.choose_tokens(logits, 1.0, None, None, torch.Generator().manual_seed(0))
+    assert (drawn.bincount() / 20000).tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
+
+
+# --- evaluation ---
+
+
+def test_exact_match_is_that_of_really_generating_greedily(trained_decoder):
+    numbers = toy_dataset.make_splits().test[:300]
+    loader = toy_dataset.DataLoader(toy_dataset.NumberDataset(numbers, toy_dataset.decoder_only_example), 100,
+                                    collate_fn=toy_dataset.pad_batch)
+    written = gpt.generate(trained_decoder, [gpt.make_prompt(n) for n in numbers], temperature=0.0)
+    wrong = [i for i, (number, ids) in enumerate(zip(numbers, written))
+             if toy_dataset.decode(ids.tolist()) != [*toy_dataset.number_to_words(number), "<EOS>"]]
+    found = gpt.evaluate(trained_decoder, loader)
+    assert found["mistakes"] == wrong and 0 < len(wrong) < 300
+    assert found["exact_match"] == pytest.approx(1 - len(wrong) / 300)
+
+
+def test_a_free_text_counts_only_if_its_words_name_its_digits():
+    def read(text):
+        return gpt.read_text(torch.tensor(toy_dataset.encode(text.split())))
+
+    assert read("4 2 <SEP> forty two <EOS>") == 42
+    for text in ("4 2 <SEP> forty three <EOS>", "4 2 <SEP> forty two", "4 2 forty two <EOS>", "0 7 <SEP> seven <EOS>",
+                 "<SEP> seven <EOS>", "4 2 <SEP> forty two two <EOS>"):
+        assert read(text) is None
+
+
+def test_the_floor_is_the_entropy_of_the_numbers_and_zero_without_them(monkeypatch):
+    loaders = gpt.create_dataloaders()
+    assert 0.5 < float(gpt.describe_floor(loaders.validation.dataset).split()[0]) < 1.5
+    monkeypatch.setattr(gpt, "LOSS_ON_PROMPT", False)
+    assert gpt.describe_floor(loaders.validation.dataset).startswith("0 ")
+
+
+def test_no_target_lies_in_the_prompt_when_its_loss_is_switched_off():
+    batch = next(iter(gpt.create_dataloaders(16, 0, loss_on_prompt=False).train))
+    for ids, targets in zip(batch["ids"], batch["targets"]):
+        assert (targets[: ids.tolist().index(SEP_ID)] == toy_dataset.IGNORE).all()
+    assert len(VOCABULARY) == 46

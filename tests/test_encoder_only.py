@@ -1,0 +1,188 @@
+"""Masking, heads, fine-tuning, filling in, mask-predict."""
+
+import pytest
+import torch
+from conftest import TINY, tiny
+from tqdm import tqdm
+
+import encoder_only as bert
+import toy_dataset
+from toy_dataset import CLS_ID, IGNORE, MASK_ID, PAD_ID, SEP_ID, SPECIAL_TOKENS, VOCABULARY, InputError
+
+TASKS = list(bert.TASKS)
+
+
+def text_of(number):
+    return torch.tensor([toy_dataset.masked_lm_example(number)["ids"]])
+
+
+# --- what may look at what ---
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_changing_any_token_changes_every_output(task):
+    model, ids = tiny(bert, task=task), text_of(342)
+    before = model(ids)
+    for s in range(ids.size(1)):
+        changed = ids.clone()
+        changed[0, s] = 20 if ids[0, s] != 20 else 21
+        assert (model(changed) != before).any(dim=-1).all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_padding_changes_no_real_output_pooled_ones_included(task):
+    model, ids = tiny(bert, task=task), text_of(342)
+    padded = torch.cat([ids, torch.full((1, 5), PAD_ID)], dim=1)
+    expected = model(ids)
+    torch.testing.assert_close(model(padded)[:, : expected.size(1)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_positions_a_permuted_input_gives_the_permuted_output_and_with_them_not():
+    model, ids = tiny(bert), text_of(90210)
+    order = torch.randperm(ids.size(1), generator=torch.Generator().manual_seed(0))
+    assert not torch.allclose(model(ids[:, order]), model(ids)[:, order], atol=1e-3)
+    model.positional_encoding.table.zero_()
+    torch.testing.assert_close(model(ids[:, order]), model(ids)[:, order], atol=1e-5, rtol=1e-5)
+
+
+def test_attention_maps_have_a_map_for_each_layer_and_head():
+    maps = []
+    tiny(bert)(text_of(342), attention_maps=maps)
+    assert [tuple(m.shape) for m in maps] == [(1, 4, 10, 10)] * 2
+
+
+# --- masking ---
+
+
+def test_of_the_hidden_tokens_80_percent_are_masked_10_random_and_10_left():
+    ids = text_of(777777).expand(20000, -1)
+    corrupted, targets = bert.mask_tokens(ids, torch.Generator().manual_seed(0))
+    chosen = targets != IGNORE
+    words = ids >= len(SPECIAL_TOKENS)
+    assert chosen.sum() / words.sum() == pytest.approx(bert.MASK_PROBABILITY, abs=0.003)
+    share = [(corrupted[chosen] == MASK_ID), (corrupted[chosen] != MASK_ID) & (corrupted[chosen] != ids[chosen])]
+    kept = 1 / (len(VOCABULARY) - len(SPECIAL_TOKENS))  # a random token is sometimes the right one
+    assert share[0].float().mean().item() == pytest.approx(0.8, abs=0.01)
+    assert share[1].float().mean().item() == pytest.approx(0.1 * (1 - kept), abs=0.01)
+
+
+def test_special_tokens_are_never_hidden_and_only_what_was_hidden_is_asked_for():
+    ids = toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in (7, 342, 777777)] * 100)["ids"]
+    corrupted, targets = bert.mask_tokens(ids, torch.Generator().manual_seed(0))
+    special = ids < len(SPECIAL_TOKENS)
+    assert (targets[special] == IGNORE).all() and corrupted[special].equal(ids[special])
+    asked = targets != IGNORE
+    assert targets[asked].equal(ids[asked]) and corrupted[~asked].equal(ids[~asked])
+    assert (corrupted[asked] == MASK_ID).any()
+    assert ((corrupted[asked] == MASK_ID) | (corrupted[asked] >= len(SPECIAL_TOKENS))).all()
+
+
+def test_a_text_is_hidden_in_another_way_each_time_unless_a_generator_says_otherwise():
+    ids = text_of(777777).expand(50, -1)
+    torch.manual_seed(0)
+    assert not bert.mask_tokens(ids)[0].equal(bert.mask_tokens(ids)[0])
+    state = torch.get_rng_state()
+    first, second = (bert.mask_tokens(ids, torch.Generator().manual_seed(5))[0] for _ in range(2))
+    assert first.equal(second) and torch.get_rng_state().equal(state)
+
+
+def test_evaluation_hides_the_same_tokens_each_time(trained_encoder):
+    loader = [toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in range(100, 400)])]
+    found = bert.evaluate(trained_encoder, loader)
+    assert found == bert.evaluate(trained_encoder, loader)
+    assert 0 < found["exact_match"] < found["accuracy"] < 1
+
+
+# --- fine-tuning ---
+
+
+@pytest.mark.parametrize("task", ["tagging", "counting"])
+def test_fine_tuning_starts_from_the_pretrained_encoder_and_a_new_head(task):
+    pretrained = tiny(bert)
+    model = bert.build_fine_tuned(pretrained, task).eval()
+    assert model.encode(text_of(342)).equal(pretrained.encode(text_of(342)))
+    assert model(text_of(342)).shape[-1] == {"tagging": toy_dataset.MAX_DIGITS, "counting": toy_dataset.MAX_WORDS}[task]
+
+
+def test_fine_tuning_takes_as_many_steps_for_few_labels_as_for_many(monkeypatch):
+    monkeypatch.setattr(bert, "FINE_TUNING_STEPS", 12)
+    pretrained = tiny(bert)
+    for num_train in (64, 512):
+        loaders = bert.create_dataloaders(64, 0, "tagging", num_train)
+        _, history = bert.fine_tune(pretrained, loaders, "tagging", 1, tqdm(disable=True, total=1))
+        assert 12 <= len(history) < 12 + len(loaders.train)
+
+
+def test_tagging_is_learned_in_seconds():
+    torch.manual_seed(0)
+    model = bert.build_model(**TINY | {"d_model": 64}, task="tagging")
+    history = bert.train(model, bert.create_dataloaders(64, 0, "tagging"), 1, 5e-3, 1, tqdm(disable=True, total=1))
+    assert history[-1]["exact_match"] > 0.9
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(InputError, match="'singing'"):
+        bert.build_model(task="singing")
+
+
+# --- filling in ---
+
+TEXTS = ["90210 <SEP> ninety <MASK> two hundred ten", "3 <MASK> 2 <SEP> three <MASK> <MASK> two", "7 <SEP> <MASK>"]
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 10])
+def test_only_masks_are_filled_all_of_them_and_with_digits_and_words(trained_encoder, iterations):
+    prompts = [bert.parse_text(text) for text in TEXTS]
+    filled = bert.generate(trained_encoder, prompts, iterations)
+    for prompt, ids in zip(prompts, filled.tolist()):
+        assert MASK_ID not in ids and ids[len(prompt):] == [PAD_ID] * (len(ids) - len(prompt))
+        for before, after in zip(prompt, ids):
+            assert after == before if before != MASK_ID else after >= len(SPECIAL_TOKENS)
+
+
+def test_one_round_takes_the_likeliest_token_at_each_mask(trained_encoder):
+    prompt = bert.parse_text(TEXTS[1])
+    logits = trained_encoder(torch.tensor([prompt]))[0]
+    logits[:, : len(SPECIAL_TOKENS)] = -torch.inf
+    expected = [best if before == MASK_ID else before for before, best in zip(prompt, logits.argmax(-1).tolist())]
+    assert bert.generate(trained_encoder, [prompt], 1)[0].tolist() == expected
+
+
+def test_each_round_keeps_the_surest_and_hides_the_others_again(trained_encoder):
+    seen, forward = [], trained_encoder.encode
+    trained_encoder.encode = lambda ids, maps: seen.append((ids == MASK_ID).sum().item()) or forward(ids, maps)
+    bert.generate(trained_encoder, [bert.parse_text("777777 <SEP> " + "<MASK> " * 8)], 4)
+    del trained_encoder.encode
+    assert seen == [8, 6, 4, 2]
+
+
+def test_texts_of_different_lengths_in_one_batch_are_filled_as_alone(trained_encoder):
+    prompts = [bert.parse_text(text) for text in TEXTS]
+    for prompt, ids in zip(prompts, bert.generate(trained_encoder, prompts, 3)):
+        assert ids[: len(prompt)].tolist() == bert.generate(trained_encoder, [prompt], 3)[0].tolist()
+
+
+def test_filling_in_puts_the_mode_back():
+    model = tiny(bert, dropout=0.5).train()
+    bert.generate(model, [bert.parse_text(TEXTS[0])], 2)
+    assert model.training
+
+
+def test_a_typed_text_becomes_what_the_model_was_trained_on():
+    ids = bert.parse_text("342 <SEP> <MASK> hundred forty two")
+    assert ids[:6] == [CLS_ID, *toy_dataset.encode("3 4 2 <SEP> <MASK>".split())]
+    assert bert.parse_text("342 <SEP> three <MASK> forty two")[-1] == SEP_ID
+
+
+@pytest.mark.parametrize("text, message", [
+    ("342 <SEP> three frog <MASK>", "'frog'"), ("342 <SEP> three", "no <MASK>"), ("342 <MASK>", "not of the form"),
+    ("1 <SEP> " + "<MASK> " * 99, "not of the form")])
+def test_texts_that_cannot_be_filled_in_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        bert.parse_text(text)
+
+
+@pytest.mark.parametrize("prompts, iterations", [([], 1), ([[]], 1), ([[MASK_ID]], 0)])
+def test_there_must_be_something_to_fill_in_and_a_round_to_do_it(prompts, iterations):
+    with pytest.raises(InputError):
+        bert.generate(tiny(bert), prompts, iterations)

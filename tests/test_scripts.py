@@ -1,0 +1,141 @@
+"""The scripts, run as a reader runs them, in a copy of the folder, with constants changed to make them fast."""
+
+import doctest
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FILES = ["encoder_only", "decoder_only", "encoder_decoder"]
+FAST = {"D_MODEL": 16, "NUM_LAYERS": 1, "NUM_HEADS": 2, "D_FF": 16, "NUM_EPOCHS": 1, "FINE_TUNING_STEPS": 2,
+        "NUM_LABELS": "[100]", "MAX_NEW_TOKENS": 12}
+SMALL = {"NUM_TRAIN": 600, "NUM_VALIDATION": 50, "NUM_TEST": 600}
+
+
+def set_constants(path, constants):
+    source = path.read_text()
+    for name, value in constants.items():
+        source = re.sub(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, flags=re.MULTILINE)
+    path.write_text(source)
+
+
+def copy_of(folder, *names, **constants):
+    """Copies toy_dataset.py and the named files, small and fast, into a folder."""
+    for name in ("toy_dataset", *names):
+        shutil.copy(ROOT / f"{name}.py", folder)
+        set_constants(folder / f"{name}.py", SMALL if name == "toy_dataset" else FAST | constants)
+    return folder
+
+
+def run(folder, name, *arguments):
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C", "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, f"{name}.py", *arguments], cwd=folder, capture_output=True, text=True,
+                          env=environment, timeout=300)
+
+
+def assert_one_sentence(done, status, *parts):
+    assert done.returncode == status
+    errors = [line for line in done.stderr.split("\n") if line.strip() and "it/s]" not in line and "?it" not in line]
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), done.stderr
+
+
+def assert_plain(text):
+    assert text.isascii()
+    assert [line for line in text.splitlines() if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("name", ["toy_dataset", *FILES])
+def test_the_examples_in_the_docstrings_are_true(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted > 3 and results.failed == 0
+
+
+def test_the_language_can_be_seen(tmp_path):
+    done = run(copy_of(tmp_path), "toy_dataset")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "numbers in more than one split: 0" in done.stdout
+    assert_plain(done.stdout)
+
+
+@pytest.mark.parametrize("name, question, answer", [
+    ("encoder_only", "342", "342 -> "), ("decoder_only", "342", "342 -> "), ("encoder_decoder", "342", "342 -> "),
+    ("encoder_only", "342 <SEP> three <MASK> forty two", "three [")])
+def test_a_file_alone_with_the_data_trains_shows_saves_and_then_answers(tmp_path, name, question, answer):
+    """Also: an older checkpoint that no longer fits is kept, and a question to it gets a sentence."""
+    folder = copy_of(tmp_path, name)
+    done = run(folder, name)
+    assert done.returncode == 0, done.stderr
+    assert_plain(done.stdout)
+    assert "TEST on 600 numbers never seen" in done.stdout and "Next: " in done.stdout
+
+    checkpoint = folder / "checkpoints" / f"{name}.pt"
+    before = checkpoint.read_bytes()
+    done = run(folder, name, question)
+    assert done.returncode == 0 and answer in done.stdout and "TEST" not in done.stdout
+
+    set_constants(folder / f"{name}.py", {"D_FF": 32})
+    assert_one_sentence(run(folder, name, question), 1, str(checkpoint), "D_FF = 16")
+    assert checkpoint.read_bytes() == before
+    if question == "342":
+        done = run(folder, name)
+        assert done.returncode == 0 and checkpoint.with_name(f"{name}.pt.old").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_without_a_checkpoint_a_question_is_answered_after_training(tmp_path, name):
+    done = run(copy_of(tmp_path, name), name, "342")
+    assert done.returncode == 0 and "TEST" in done.stdout and "342 -> " in done.stdout
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("argument", ["abc", "-5", "1234567", "007", "", "--help"])
+def test_a_wrong_argument_ends_with_status_2_and_one_sentence(tmp_path, name, argument):
+    if argument not in ("abc", "1234567") and name != "decoder_only":
+        pytest.skip("the same function reads it")
+    assert_one_sentence(run(copy_of(tmp_path, name), name, argument), 2, argument)
+
+
+@pytest.mark.parametrize("name", ["toy_dataset", "quick_start"])
+def test_scripts_without_arguments_say_so(tmp_path, name):
+    assert_one_sentence(run(copy_of(tmp_path, *FILES, "quick_start"), name, "342"), 2, "no arguments")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("constants, parts", [
+    ({"NUM_HEADS": 3}, ["D_MODEL = 16", "NUM_HEADS = 3"]), ({"LEARNING_RATE": 1000}, ["LEARNING_RATE = 1000"]),
+    ({"MAX_LENGTH": 5}, ["MAX_LENGTH = 5"])])
+def test_constants_that_cannot_work_end_with_status_1_and_one_sentence(tmp_path, name, constants, parts):
+    assert_one_sentence(run(copy_of(tmp_path, name, **constants), name), 1, *parts)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, content):
+    folder = copy_of(tmp_path, "decoder_only")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "decoder_only.pt").write_bytes(content)
+    assert_one_sentence(run(folder, "decoder_only", "342"), 1, "decoder_only.pt", "damaged")
+    assert (folder / "checkpoints" / "decoder_only.pt").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoints_folder_that_cannot_be_made_is_named_before_training(tmp_path, name):
+    folder = copy_of(tmp_path, name)
+    (folder / "checkpoints").write_text("a file where a folder should be")
+    done = run(folder, name)
+    assert_one_sentence(done, 1, str(folder / "checkpoints"))
+    assert "step" not in done.stdout
+
+
+def test_quick_start_trains_all_three_and_sums_them_up(tmp_path):
+    folder = copy_of(tmp_path, *FILES, "quick_start")
+    set_constants(folder / "quick_start.py", {"NUM_EPOCHS": dict.fromkeys(FILES, 1)})
+    done = run(folder, "quick_start")
+    assert done.returncode == 0, done.stderr
+    assert_plain(done.stdout)
+    table = done.stdout[done.stdout.index("its work here"):]
+    assert all(re.search(rf"^{name} .*%$", table, re.MULTILINE) for name in FILES)
+    assert "CROSS-ATTENTION for 90210" in done.stdout

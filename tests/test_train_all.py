@@ -1,0 +1,572 @@
+"""What train_all.py promises. Runs that are killed, stopped or shared by processes are run as a reader runs them."""
+
+import copy
+import json
+import random
+import re
+import shutil
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import decoder_only  # noqa: E402
+import encoder_decoder  # noqa: E402
+import encoder_only  # noqa: E402
+import kill_train_all  # noqa: E402
+import toy_dataset  # noqa: E402
+import train_all  # noqa: E402
+from toy_dataset import InputError, Splits, number_to_words  # noqa: E402
+from train_all import Job  # noqa: E402
+
+TINY = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_ff": 32}
+MASKED = Job("encoder_only", encoder_only, TINY | {"task": "masked_lm", "dropout": 0.1}, toy_dataset.masked_lm_example,
+             2e-3, 2)
+TAGGING = Job("encoder_only_tagging", encoder_only, TINY | {"task": "tagging"}, toy_dataset.tagging_example, 1e-2, 2)
+DECODER = Job("decoder_only", decoder_only, TINY | {"dropout": 0.1}, toy_dataset.decoder_only_example, 2e-3, 2)
+TRANSLATOR = Job("encoder_decoder", encoder_decoder, TINY, toy_dataset.encoder_decoder_example, 2e-3, 2)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Few numbers, small batches, an empty folder; and one thread, as small matrices gain nothing from more."""
+    splits = toy_dataset.make_splits()
+    few = Splits(splits.train[:101], splits.validation[:40], splits.test[:50])
+    monkeypatch.setattr(toy_dataset, "make_splits", lambda: few)
+    for module in (encoder_only, decoder_only, encoder_decoder):
+        monkeypatch.setattr(module, "CHECKPOINT", tmp_path / f"{module.__name__}.pt")
+    for name, value in {"FOLDER": tmp_path / "train_all", "GLOBAL_BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 5,
+                        "EVALUATE_EVERY": 4, "CHECKPOINT_EVERY": 3}.items():
+        monkeypatch.setattr(train_all, name, value)
+    train_all.FOLDER.mkdir()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def last(job) -> dict:
+    """What is in a job's last checkpoint."""
+    return torch.load(train_all.path_of(job, "last.pt"), weights_only=True)
+
+
+def train_and_stop(job, monkeypatch, step: int) -> None:
+    """Train until Ctrl-C is pressed in the middle of a step."""
+    def press(*arguments):
+        if arguments[-1] == step - 1:
+            signal.raise_signal(signal.SIGINT)
+        return accumulate(*arguments)
+
+    accumulate = train_all.accumulate_gradients
+    with monkeypatch.context() as patch:
+        patch.setattr(train_all, "accumulate_gradients", press)
+        with pytest.raises(KeyboardInterrupt):
+            train_all.train_one(job)
+
+
+def assert_close(weights: dict, expected: dict) -> None:
+    """Equal to float precision, all but the biases of the keys.
+
+    A bias of the keys adds the same to all scores of a query, which softmax does not see: its gradient is 0. What is
+    computed is rounding noise around 0, and Adam makes it a full step.
+    """
+    assert weights.keys() == expected.keys()
+    for name in weights.keys() - {name for name in weights if name.endswith("key.bias")}:
+        assert torch.allclose(weights[name], expected[name], atol=1e-4), name
+
+
+def gradient_of(job, micro_batches, **options) -> tuple[list[torch.Tensor], int]:
+    """The gradient that accumulate_gradients leaves after these micro-batches, and of how many targets."""
+    torch.manual_seed(0)
+    model = job.module.build_model(**job.options | options)
+    batches = (toy_dataset.pad_batch([job.make_example(n) for n in numbers]) for numbers in micro_batches)
+    _, num_targets, _ = train_all.accumulate_gradients(job, model, batches, len(micro_batches), step=0)
+    return [parameter.grad for parameter in model.parameters()], num_targets
+
+
+# --- the order of the data ---
+
+
+@pytest.mark.parametrize("sizes", [(16, 5), (16, 16), (100, 7), (500, 32), (1, 1)])
+def test_each_epoch_takes_every_number_once_in_another_order(monkeypatch, sizes):
+    monkeypatch.setattr(train_all, "GLOBAL_BATCH_SIZE", sizes[0])
+    monkeypatch.setattr(train_all, "MICRO_BATCH_SIZE", sizes[1])
+    plan = train_all.plan_batches(101, num_epochs=3)
+    steps = len(plan) // 3
+    epochs = [[n for step in plan[steps * e : steps * (e + 1)] for micro in step for n in micro] for e in range(3)]
+    assert all(sorted(order) == list(range(101)) for order in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert all(0 < len(micro) <= sizes[1] for step in plan for micro in step)
+    lengths = [sum(map(len, step)) for step in plan]
+    assert max(lengths) <= sizes[0] and max(lengths) - min(lengths) <= 1
+
+
+def test_the_order_follows_from_the_seed_alone(monkeypatch):
+    plan = train_all.plan_batches(101, 2)
+    torch.rand(5)
+    assert train_all.plan_batches(101, 2) == plan
+    assert train_all.plan_batches(101, 3)[: len(plan)] == plan
+    monkeypatch.setattr(train_all, "SEED", 1)
+    assert train_all.plan_batches(101, 2) != plan
+
+
+def test_each_micro_batch_has_masks_and_dropout_of_its_own(monkeypatch):
+    seeds = []
+
+    def compute_loss(model, batch, compute_loss=encoder_only.compute_loss):
+        seeds.append(torch.initial_seed())
+        return compute_loss(model, batch)
+
+    monkeypatch.setattr(encoder_only, "compute_loss", compute_loss)
+    train_all.train_one(MASKED)
+    assert len(set(seeds)) == len(seeds) == sum(map(len, train_all.plan_batches(101, 2)))
+
+
+# --- gradient accumulation ---
+
+
+@pytest.mark.parametrize("job", [DECODER, TRANSLATOR, TAGGING], ids=lambda job: job.name)
+def test_four_micro_batches_of_unequal_token_counts_give_the_gradient_of_one_large_batch(job):
+    numbers = [0, 7, 3, 20, 777777, 777776, 123456, 345, 100]
+    pieces = [numbers[:4], numbers[4:6], numbers[6:8], numbers[8:]]
+    counts = [gradient_of(job, [piece], dropout=0.0)[1] for piece in pieces]
+    assert len(set(counts)) > 2
+    small_steps, num_small = gradient_of(job, pieces, dropout=0.0)
+    one_batch, num_one = gradient_of(job, [numbers], dropout=0.0)
+    assert num_small == num_one == sum(counts)
+    for ours, expected in zip(small_steps, one_batch):
+        assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)  # sums over 60 targets, of order 10
+
+
+def test_the_micro_batch_size_does_not_change_what_is_learned(monkeypatch):
+    job = TRANSLATOR
+    train_all.train_one(job)
+    expected = last(job)
+    monkeypatch.setattr(train_all, "FOLDER", train_all.FOLDER / "other")
+    monkeypatch.setattr(train_all, "MICRO_BATCH_SIZE", 16)
+    train_all.FOLDER.mkdir()
+    train_all.train_one(job)
+    assert_close(last(job)["weights"], expected["weights"])
+    assert last(job)["history"][-1]["loss"] == pytest.approx(expected["history"][-1]["loss"], abs=1e-4)
+
+
+def test_the_loss_and_the_step_are_those_of_the_architecture_files_own_training():
+    """One epoch, one micro-batch a step, in the same order: module.train must end with the same weights."""
+    job = TRANSLATOR._replace(num_epochs=1)
+    torch.manual_seed(train_all.SEED)
+    model = job.module.build_model(**job.options)
+    plan = train_all.plan_batches(101, 1)
+    examples = toy_dataset.NumberDataset(toy_dataset.make_splits().train, job.make_example)
+    order = [[n for micro in step for n in micro] for step in plan]
+    loaders = Splits(torch.utils.data.DataLoader(examples, batch_sampler=order, collate_fn=toy_dataset.pad_batch),
+                     torch.utils.data.DataLoader(examples, batch_size=50, collate_fn=toy_dataset.pad_batch), None)
+    history = job.module.train(model, loaders, 1, job.learning_rate, 1, progress=train_all.tqdm(disable=True))
+    train_all.train_one(job)
+    assert_close(last(job)["weights"], model.state_dict())
+    for ours, theirs in zip(last(job)["history"], history):
+        for key in ("step", "loss", "learning_rate", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
+
+
+# --- one step ---
+
+
+def test_the_gradient_is_divided_then_clipped_then_stepped_along(monkeypatch):
+    monkeypatch.setattr(decoder_only, "GRAD_CLIP", 0.5)
+    model = decoder_only.build_model(**TINY)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # its step is the gradient: what it was given can be seen
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    total = sum(parameter.numel() for parameter in model.parameters()) ** 0.5 * 3.0
+    loss, norm = train_all.update(DECODER, model, optimizer, loss_sum=20.0, num_targets=10, step=0)
+    assert loss == 2.0 and norm == pytest.approx(total / 10, rel=1e-4)
+    moved = torch.cat([(before[name] - weights).flatten() for name, weights in model.state_dict().items()])
+    assert moved.norm() == pytest.approx(0.5, rel=1e-3)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-4)
+    _, norm = train_all.update(DECODER, model, optimizer, loss_sum=20.0, num_targets=10, step=0)
+    assert norm < 0.5
+    assert all(torch.allclose(parameter.grad, torch.tensor(1e-5)) for parameter in model.parameters())  # not lengthened
+
+
+def test_a_batch_of_which_nothing_is_asked_moves_nothing(monkeypatch):
+    monkeypatch.setattr(encoder_only, "MASK_PROBABILITY", 0.0)
+    monkeypatch.setattr(encoder_only, "WEIGHT_DECAY", 0.0)
+    job = MASKED._replace(num_epochs=1)
+    torch.manual_seed(train_all.SEED)
+    start = job.module.build_model(**job.options).state_dict()
+    train_all.train_one(job)
+    assert all(torch.equal(weights, start[name]) for name, weights in last(job)["weights"].items())
+    assert all(entry["loss"] == 0 for entry in last(job)["history"])
+
+
+@pytest.mark.parametrize("job", [MASKED, DECODER, TRANSLATOR._replace(options=TINY | {"dropout": 0.1})],
+                         ids=lambda job: job.name)
+def test_gradient_checkpointing_changes_the_memory_and_nothing_else(job):
+    torch.manual_seed(0)
+    model = job.module.build_model(**job.options)
+    batch = toy_dataset.pad_batch([job.make_example(n) for n in (7, 342, 90210)])
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(1)
+        train_all.add_gradient(job, model, batch)
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        train_all.checkpoint_layers(model)
+    assert all(torch.equal(without, with_it) for without, with_it in zip(*gradients))
+
+
+def test_gradient_checkpointing_needs_less_memory_the_more_so_the_deeper_the_model():
+    without, with_it = ([train_all.measure_memory(DECODER, layers, checkpointing) for layers in (4, 12)]
+                        for checkpointing in (False, True))
+    assert with_it[0] < 0.7 * without[0] and with_it[1] < 0.4 * without[1]
+    assert with_it[1] - with_it[0] < 0.3 * (without[1] - without[0])
+
+
+def test_peak_memory_counts_what_is_alive_at_once_and_views_once():
+    with train_all.PeakMemory() as peak:
+        one = torch.zeros(1000)
+        for _ in range(5):
+            two = torch.zeros(1000)  # each takes the place of the one before, once that is gone
+        assert two.view(10, 100).t().shape == (100, 10)
+        del one, two
+        torch.zeros(10)
+    assert peak.most == 3 * 4000  # the new one is made before the name lets go of the old one
+
+
+def learn_tagging(monkeypatch, precision: str) -> float:
+    """Held-out share of numbers wholly tagged right after a short training."""
+    monkeypatch.setattr(train_all, "MIXED_PRECISION", precision)
+    monkeypatch.setattr(train_all, "EVALUATE_EVERY", 50)
+    monkeypatch.setattr(train_all, "FOLDER", train_all.FOLDER.parent / precision)
+    train_all.FOLDER.mkdir()
+    state = train_all.train_one(TAGGING._replace(num_epochs=4))
+    return state["history"][-1]["exact_match"]
+
+
+def test_bf16_learns_as_well_and_keeps_float32_weights(monkeypatch):
+    numbers = list(range(100, 1300))
+    random.Random(0).shuffle(numbers)
+    monkeypatch.setattr(toy_dataset, "make_splits", lambda: Splits(numbers[:500], numbers[500:700], []))
+    seen = []
+
+    def predict(*arguments, predict=encoder_only.predict):
+        seen.append(predict(*arguments)[0].dtype)
+        return predict(*arguments)
+
+    monkeypatch.setattr(encoder_only, "predict", predict)
+    assert learn_tagging(monkeypatch, "off") > 0.95
+    assert set(seen) == {torch.float32}
+    assert learn_tagging(monkeypatch, "bf16") > 0.95
+    assert set(seen) == {torch.float32, torch.bfloat16}  # evaluated in float32, as the weights are
+    saved = last(TAGGING)
+    assert all(weights.dtype == torch.float32 for weights in saved["weights"].values())
+    assert all(m.dtype == torch.float32 for moments in saved["optimizer"]["state"].values() for m in moments.values())
+
+
+# --- stopping and going on ---
+
+
+@pytest.mark.parametrize("job", [MASKED, DECODER], ids=lambda job: job.name)
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(job, monkeypatch):
+    train_all.train_one(job)
+    expected = kill_train_all.files_of(train_all.FOLDER)
+    assert len(expected) == 3
+    monkeypatch.setattr(train_all, "FOLDER", train_all.FOLDER.parent / "stopped")
+    train_all.FOLDER.mkdir()
+    train_and_stop(job, monkeypatch, step=5)
+    assert last(job)["step"] == 5 and not last(job)["finished"]
+    train_and_stop(job, monkeypatch, step=7)
+    torch.rand(3)  # whatever the random state is when it goes on
+    train_all.train_one(job)
+    assert kill_train_all.differences(kill_train_all.files_of(train_all.FOLDER), expected) == []
+
+
+def test_two_runs_from_one_seed_are_equal_and_another_seed_gives_another(monkeypatch):
+    histories = []
+    for run, seed in enumerate([0, 0, 1]):
+        monkeypatch.setattr(train_all, "SEED", seed)
+        monkeypatch.setattr(train_all, "FOLDER", train_all.FOLDER / str(run))
+        train_all.FOLDER.mkdir()
+        histories.append(train_all.train_one(MASKED)["history"])
+    assert histories[0] == histories[1] != histories[2]
+
+
+def test_the_history_is_json_with_a_line_for_each_step():
+    train_all.train_one(DECODER)
+    text = train_all.path_of(DECODER, "history.json").read_text()
+    history = json.loads(text)
+    assert history == last(DECODER)["history"] and text.count("\n") == len(history) + 2
+    assert [entry["step"] for entry in history] == list(range(1, 15))
+    assert [entry["step"] for entry in history if "exact_match" in entry] == [4, 8, 12, 14]
+    assert all({"loss", "learning_rate", "grad_norm"} <= entry.keys() for entry in history)
+
+
+def test_the_best_weights_are_kept_and_go_where_the_architecture_file_looks(monkeypatch):
+    scores = iter([0.2, 0.9, 0.9, 0.5])
+    weights = []
+
+    def evaluate(model, loader):
+        weights.append(copy.deepcopy(model.state_dict()))
+        return {"exact_match": next(scores), "loss": 1.0 + len(weights), "mistakes": []}
+
+    monkeypatch.setattr(decoder_only, "evaluate", evaluate)
+    train_all.train_one(DECODER)
+    for path in (train_all.path_of(DECODER, "best.pt"), decoder_only.CHECKPOINT):
+        best = decoder_only.load(path, decoder_only.build_model(**TINY)).state_dict()
+        assert all(torch.equal(best[name], weights[1][name]) for name in best)
+        assert not all(torch.equal(best[name], weights[3][name]) for name in best)
+
+
+def test_it_stops_early_once_nothing_gets_better(monkeypatch, capsys):
+    monkeypatch.setattr(train_all, "EARLY_STOPPING_PATIENCE", 2)
+    monkeypatch.setattr(decoder_only, "evaluate", lambda model, loader: {"exact_match": 0.5, "loss": 1.0})
+    assert train_all.train_one(DECODER)["step"] == 12  # evaluations at 4, the best, 8 and 12
+    assert "stopped early" in capsys.readouterr().out
+    assert train_all.train_one(DECODER)["step"] == 12  # and it remains so
+    assert "finished at step 12" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_trained_again(monkeypatch):
+    train_all.train_one(DECODER)
+    before = train_all.path_of(DECODER, "last.pt").read_bytes()
+    monkeypatch.setattr(decoder_only, "compute_loss", None)
+    assert train_all.train_one(DECODER)["finished"]
+    assert train_all.path_of(DECODER, "last.pt").read_bytes() == before
+
+
+def test_fine_tuning_starts_from_the_best_pretrained_weights(monkeypatch):
+    monkeypatch.setattr(encoder_only, "DROPOUT", 0.0)
+    train_all.train_one(MASKED)
+    fine_tuned, _, _ = train_all.start_or_resume(TAGGING._replace(starts_from=MASKED))
+    pretrained = train_all.load_best(MASKED).state_dict()
+    assert all(torch.equal(weights, pretrained[name]) for name, weights in fine_tuned.state_dict().items()
+               if not name.startswith("head"))
+
+
+def test_checkpoints_hold_plain_names_whatever_the_model_was_wrapped_in(monkeypatch):
+    monkeypatch.setattr(train_all, "COMPILE", True)
+    monkeypatch.setattr(train_all, "GRADIENT_CHECKPOINTING", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the wrapper without the wait
+    job = DECODER._replace(num_epochs=1)
+    assert next(iter(train_all.wrap(job, decoder_only.build_model(**TINY)).state_dict())).startswith("_orig_mod.")
+    train_all.train_one(job)
+    names = set(decoder_only.build_model(**TINY).state_dict())
+    assert set(last(job)["weights"]) == names
+    assert set(torch.load(train_all.path_of(job, "best.pt"), weights_only=True)["weights"]) == names
+
+
+def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
+    def fail(*arguments, **options):
+        raise RuntimeError("no C++ compiler\nin a long story")
+
+    monkeypatch.setattr(train_all, "COMPILE", True)
+    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    with pytest.raises(InputError, match=r"COMPILE = True .* set it to False\. \(.*\)$"):
+        train_all.train_one(DECODER)
+
+
+# --- what goes wrong ---
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint_intact(monkeypatch):
+    update = train_all.update
+
+    def poison(job, model, optimizer, loss_sum, num_targets, step):
+        if step == 7:
+            next(model.parameters()).grad[0] = float("nan")
+        return update(job, model, optimizer, loss_sum, num_targets, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_all, "update", poison)
+        with pytest.raises(FloatingPointError, match="decoder_only: .* step 8.* LEARNING_RATE = .* WARMUP_STEPS = "):
+            train_all.train_one(DECODER)
+    assert last(DECODER)["step"] == 6
+    assert all(weights.isfinite().all() for weights in last(DECODER)["weights"].values())
+    train_all.train_one(DECODER)  # and it can be gone on from
+    assert last(DECODER)["finished"]
+
+
+def test_a_learning_rate_of_10_is_stopped_with_a_sentence():
+    with pytest.raises(FloatingPointError, match="LEARNING_RATE = 1e"):
+        train_all.train_one(DECODER._replace(learning_rate=1e30))
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "a tensor", "an architecture file's", "another job's"])
+def test_a_file_that_is_no_checkpoint_of_this_run_gets_one_sentence_and_is_left_alone(kind):
+    path = train_all.path_of(DECODER, "last.pt")
+    train_all.train_one(DECODER)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "a tensor":
+        torch.save(torch.zeros(3), path)
+    elif kind == "an architecture file's":
+        shutil.copy(train_all.path_of(DECODER, "best.pt"), path)
+    elif kind == "another job's":
+        train_all.train_one(TRANSLATOR)
+        shutil.copy(train_all.path_of(TRANSLATOR, "last.pt"), path)
+    else:
+        path.write_bytes(b"my thesis\n" * 100 if kind == "text" else b"")
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"decoder_only_last\.pt .*move the file away") as error:
+        train_all.train_one(DECODER)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change, named", [
+    ((train_all, "GLOBAL_BATCH_SIZE", 32), "GLOBAL_BATCH_SIZE = 16, and now it is 32"),
+    ((decoder_only, "GRAD_CLIP", 0.1), "decoder_only.GRAD_CLIP = 1.0, and now it is 0.1"),
+    ((toy_dataset, "SEED", 5), "toy_dataset.SEED = 1234, and now it is 5"),
+    ({"learning_rate": 1e-4}, "LEARNING_RATE = 0.002, and now it is 0.0001"),
+    ({"options": TINY | {"d_ff": 64}}, "D_FF = 32, and now it is 64"),
+])
+def test_a_run_does_not_go_on_with_other_constants(change, named, monkeypatch):
+    train_and_stop(DECODER, monkeypatch, step=5)
+    before = train_all.path_of(DECODER, "last.pt").read_bytes()
+    job = DECODER
+    if isinstance(change, dict):
+        job = DECODER._replace(**change)
+    else:
+        monkeypatch.setattr(*change)
+    with pytest.raises(InputError, match=re.escape(named) + r"\. Change it back"):
+        train_all.train_one(job)
+    assert train_all.path_of(DECODER, "last.pt").read_bytes() == before
+
+
+def test_what_changes_only_the_speed_may_change_on_the_way(monkeypatch):
+    train_and_stop(DECODER, monkeypatch, step=5)
+    for name, value in {"GRADIENT_CHECKPOINTING": True, "CHECKPOINT_EVERY": 7, "TEST_EVERYTHING": True}.items():
+        monkeypatch.setattr(train_all, name, value)
+    assert train_all.train_one(DECODER)["finished"]
+
+
+@pytest.mark.parametrize("name, value", [("ARCHITECTURES", ["gpt"]), ("ARCHITECTURES", []), ("GLOBAL_BATCH_SIZE", 0),
+                                         ("MICRO_BATCH_SIZE", 2.5), ("MIXED_PRECISION", "fp8"), ("EVALUATE_EVERY", -1),
+                                         ("CHECKPOINT_EVERY", 0), ("NUM_EPOCHS", 0)])
+def test_constants_that_cannot_work_are_refused_by_name(name, value, monkeypatch):
+    monkeypatch.setattr(train_all, name, value)
+    with pytest.raises(InputError, match=f"{name} = "):
+        train_all.main()
+
+
+def test_more_processes_than_micro_batches_are_refused_with_what_works(monkeypatch):
+    monkeypatch.setattr(train_all, "WORLD_SIZE", 3)
+    train_all.check_constants([DECODER])
+    monkeypatch.setattr(train_all, "MICRO_BATCH_SIZE", 8)
+    with pytest.raises(InputError, match="3 processes cannot share .* MICRO_BATCH_SIZE = 8 to 2") as error:
+        train_all.check_constants([DECODER])
+    monkeypatch.setattr(train_all, "MICRO_BATCH_SIZE", int(re.search(r" to (\d+)", str(error.value))[1]))
+    train_all.check_constants([DECODER])
+
+
+# --- the final test ---
+
+
+def test_testing_everything_asks_for_all_numbers_but_those_trained_on(monkeypatch, capsys):
+    monkeypatch.setattr(train_all, "TEST_EVERYTHING", True)
+    monkeypatch.setattr(train_all, "MAX_DIGITS", 2)
+    monkeypatch.setattr(toy_dataset, "make_splits", lambda: Splits(list(range(60)), [60], [61]))
+    job = TRANSLATOR._replace(num_epochs=1)
+    state = train_all.train_one(job)
+    train_all.show_results([job], [state])
+    printed = capsys.readouterr().out
+    assert "on all 40 numbers that were not trained on" in printed
+    model = train_all.load_best(job)
+    wrong = sum("WRONG" in line for line in job.module.answer(model, list(range(60, 100))))
+    row = next(line for line in printed.splitlines() if line.startswith("  encoder_decoder ") and "%" in line)
+    assert int(row.split()[-1]) == wrong and row.split()[-2] == f"{1 - wrong / 40:.4%}"
+
+
+def test_the_first_mistakes_are_shown_with_what_is_right(capsys):
+    job = TRANSLATOR._replace(num_epochs=1)
+    train_all.show_results([job], [train_all.train_one(job)])
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    first = toy_dataset.make_splits().test[0]
+    assert f"encoder_decoder: {first} -> " in printed and f"WRONG: {' '.join(number_to_words(first))}" in printed
+
+
+# --- run as a reader runs it ---
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The script, run once with small models: its folder, what it printed, and what it printed to stderr."""
+    folder = kill_train_all.small_copy(tmp_path_factory.mktemp("train_all") / "undisturbed")
+    return folder, *kill_train_all.run(folder)
+
+
+def test_the_script_prints_a_plan_a_bar_and_one_table(undisturbed):
+    folder, printed, errors = undisturbed
+    for word in ("PLAN", "parameters", "steps", "held-out", "RESULTS, on 100 numbers", "exact"):
+        assert word in printed
+    assert printed.index("PLAN") < printed.index("encoder_only: ") < printed.index("RESULTS")
+    for word in ("loss", "lr", "gradient", "tokens/s"):
+        assert word in errors
+    assert printed.isascii() and errors.isascii()
+    assert [line for line in printed.splitlines() if len(line) > 100 and str(folder) not in line] == []
+    rows = printed[printed.index("RESULTS"):]
+    assert all(re.search(rf"^  {name} +[\d,]+ +{steps} .*%", rows, re.MULTILINE) for name, steps in [
+        ("encoder_only", 57), ("encoder_only_tagging", 19), ("encoder_only_counting", 19)])
+
+
+def test_the_architecture_file_answers_with_the_weights_that_were_trained(undisturbed):
+    folder, *_ = undisturbed
+    done = kill_train_all.subprocess.run([sys.executable, "encoder_only.py", "342"], cwd=folder, capture_output=True,
+                                         text=True, check=True)
+    assert done.stdout.count("342 -> ") == 2 and "TEST" not in done.stdout
+
+
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed, tmp_path):
+    """Three kills; tests/kill_train_all.py does twenty."""
+    expected = kill_train_all.files_of(undisturbed[0])
+    folder = kill_train_all.small_copy(tmp_path / "killed")
+    rng = random.Random()
+    for _ in range(3):
+        assert kill_train_all.run_and_kill(folder, rng)
+        files = kill_train_all.files_of(folder)  # every file is whole
+    assert len(files) < len(expected)
+    kill_train_all.run(folder)
+    assert kill_train_all.differences(kill_train_all.files_of(folder), expected) == []
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_going_on_loses_nothing(undisturbed, tmp_path):
+    folder = kill_train_all.small_copy(tmp_path / "stopped", CHECKPOINT_EVERY=1000)
+    process = kill_train_all.start(folder)
+    while not (line := process.stdout.readline()).startswith("  step     10"):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate()
+    assert process.returncode == 130 and "Traceback" not in errors
+    saved = torch.load(folder / "checkpoints" / "train_all" / "encoder_only_last.pt", weights_only=True)
+    assert f"Saved after step {saved['step']} of 57" in printed and "run the same command again" in printed
+    assert 10 <= saved["step"] < 57
+    kill_train_all.run(folder)
+    assert kill_train_all.differences(kill_train_all.files_of(folder), kill_train_all.files_of(undisturbed[0])) == []
+
+
+def test_two_processes_reach_what_one_reaches_and_only_one_of_them_prints_and_writes(undisturbed, tmp_path):
+    """The same dropout, masks and order, so after 57 steps only the order of additions may tell: 1e-4."""
+    folder = kill_train_all.small_copy(tmp_path / "two")
+    script = folder / "train_all.py"
+    trap = "\n\nif RANK == 1:\n    os.replace = torch.save = None  # who writes, crashes\n\n\ndef say("
+    assert script.read_text().count("\n\n\ndef say(") == 1
+    script.write_text(script.read_text().replace("\n\n\ndef say(", trap))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone")
+    printed, errors = kill_train_all.run(folder, *torchrun)
+    assert "on 2 x cpu" in printed and "Traceback" not in errors
+    assert printed.count("PLAN") == 1 == printed.count("RESULTS")
+    assert printed.count("  step     10") == undisturbed[1].count("  step     10") == 3
+    ours, expected = kill_train_all.files_of(folder), kill_train_all.files_of(undisturbed[0])
+    assert ours.keys() == expected.keys()
+    path = Path("checkpoints/train_all/encoder_only_last.pt")
+    assert_close(ours[path]["weights"], expected[path]["weights"])
+    for one, two in zip(expected[path]["history"][:50], ours[path]["history"][:50]):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
