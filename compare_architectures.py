@@ -52,10 +52,10 @@ from toy_dataset import number_to_words, pad_batch, run_script
 # ======================================================================================================
 
 # --- the same for every cell ---
-D_MODEL = 128          # width. Try 32: which cells suffer first?
+D_MODEL = 128          # width: how many numbers describe a token. Try 32: which cells suffer first?
 NUM_LAYERS = 2         # of each stack; an encoder-decoder has two stacks. Try 1
-NUM_HEADS = 4          # Try 1
-D_FF = 512             # Try 128
+NUM_HEADS = 4          # attention patterns side by side. Try 1
+D_FF = 512             # inner width of the feed-forward networks. Try 128
 BATCH_SIZE = 64        # numbers per step. Try 32, 128
 NUM_EPOCHS = 4         # passes over the training numbers. Try 1 (who learns fastest?), 10
 LEARNING_RATE = 2e-3   # the peak. Try 1e-3, 2e-4
@@ -64,11 +64,12 @@ SEEDS = [0]            # each cell is trained once with each. Try [0, 1, 2]: mea
 # --- what is measured ---
 NUM_TESTED = 3_000     # held-out numbers that each cell is tested on. Try 300 (more luck), 20_000
 NUM_SAMPLES = 500      # texts that are written freely, and prompts of the strategies. Try 100
+TOP_P = 0.9            # texts are written freely by drawing tokens with this top-p. Try 1.0: as the model believes
 NUM_TIMED = 50         # answers whose time is taken, one by one. Try 10
 EARLY_EPOCHS = 1       # training of the "unfinished" model that beam search is tried on. Try 2
 BEAM_WIDTH = 5         # of the comparison with greedy. Try 2, 10
 CACHE_LENGTHS = [32, 64, 128, 256, 512]  # tokens that are there already when a new one is asked for. Try adding 1000
-TOLERANCE = 0.02       # shares that differ by less are called equal in the decision guide: 500 samples tell no more
+TOLERANCE = 0.005      # shares that differ by less are called equal in the decision guide. Try 0.02
 
 COMPARISON = Path(__file__).parent / "figures" / "comparison.json"
 
@@ -77,6 +78,7 @@ NAMES = {"encoder_only": "encoder-only", "decoder_only": "decoder-only", "encode
 LONGEST = MAX_DIGITS + 1 + MAX_WORDS + 1  # digits, <SEP>, words, <EOS>: no text of the language is longer
 DIGIT_IDS = torch.tensor(encode(DIGITS))
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}  # whatever the architecture files' constants are
+FREELY = {"temperature": 1.0, "top_k": None, "top_p": TOP_P}
 
 # ======================================================================================================
 # THE WORK: what each cell learns from, and how it answers
@@ -190,19 +192,20 @@ def fill_all(model, numbers) -> list[str]:
     """Encoder-only, writing freely: as many texts as there are numbers, out of nothing but masks.
 
     A masked LM cannot say how long a text should be, so it is told: lengths are drawn as the training numbers have
-    them. Then mask by mask, from the left, a token is drawn from what the model believes, given those drawn before
-    (Wang & Cho 2019). Mask-predict, which takes the likeliest, would write the same text for the same lengths.
+    them. Then mask by mask a token is drawn from what the model believes, given those drawn before (Wang & Cho 2019).
+    From the right, words before digits: of the orders tried (left, right, random, surest first) it gave the most valid
+    texts. Mask-predict, which takes the likeliest, would write the same text for the same lengths.
     """
     train = toy_dataset.make_splits().train
     drawn = [train[i] for i in torch.randint(len(train), (len(numbers),)).tolist()]
     prompts = [[CLS_ID] + [MASK_ID] * len(str(n)) + [SEP_ID] + [MASK_ID] * len(number_to_words(n)) for n in drawn]
     ids = pad_batch([{"ids": prompt + [SEP_ID]} for prompt in prompts])["ids"].to(next(model.parameters()).device)
-    for column in range(ids.size(1)):
+    for column in reversed(range(ids.size(1))):
         masked = ids[:, column] == MASK_ID                                              # (B)
         if masked.any():
             logits = model(ids)[:, column].float()                                      # (B, V)
             logits[:, : len(SPECIAL_TOKENS)] = -math.inf
-            new = torch.multinomial(logits.softmax(dim=-1), num_samples=1).squeeze(1)   # (B)
+            new = decoder_only.choose_tokens(logits, **FREELY, generator=None)          # (B)
             ids[:, column] = torch.where(masked, new, ids[:, column])
     return [" ".join(toy_dataset.decode(row)[1:-1]) for row in ids.tolist()]
 
@@ -210,7 +213,7 @@ def fill_all(model, numbers) -> list[str]:
 class Cell(NamedTuple):
     """One architecture at one kind of work."""
 
-    label: str                     # its row in the table
+    row: str                       # its name in the table
     module: ModuleType
     work: str
     natural: bool                  # is it the work that this architecture was made for?
@@ -233,12 +236,12 @@ CELLS = [
          partial(toy_dataset.decoder_only_example, loss_on_prompt=False), go_on),
     Cell("T6", encoder_decoder, "transform", True, "reads the digits, writes the name",
          toy_dataset.encoder_decoder_example, translate),
-    Cell("T7", encoder_only, "generate", False, "fills in nothing but masks, from the left; is told how many there are",
+    Cell("T7", encoder_only, "generate", False, "draws tokens for nothing but masks, from the right; is told how many",
          toy_dataset.masked_lm_example, fill_all, {"task": "masked_lm"}),
-    Cell("T8", decoder_only, "generate", True, "goes on after <SOS>, token by token",
-         toy_dataset.decoder_only_example, partial(go_on, make_prompt=lambda _: [SOS_ID], temperature=1.0)),
-    Cell("T9", encoder_decoder, "generate", False, "reads an empty source, writes digits and name",
-         empty_source_example, partial(translate, make_source=lambda _: [EOS_ID], temperature=1.0)),
+    Cell("T8", decoder_only, "generate", True, "goes on after <SOS>, drawing token by token",
+         toy_dataset.decoder_only_example, partial(go_on, make_prompt=lambda _: [SOS_ID], **FREELY)),
+    Cell("T9", encoder_decoder, "generate", False, "reads an empty source, then draws token by token",
+         empty_source_example, partial(translate, make_source=lambda _: [EOS_ID], **FREELY)),
 ]
 # Not one of the nine: what the wall that T2 runs into is not.
 AFTER_READING = Cell("T10", decoder_only, "understand", False, "reads all digits, then writes one word for each",
@@ -257,6 +260,11 @@ def check_constants() -> None:
                         ("the shortest of CACHE_LENGTHS", min(CACHE_LENGTHS, default=0))]:
         if not (isinstance(value, int) and value >= 1):
             raise InputError(f"{name} = {value} must be a whole number, at least 1.")
+    if not 0 < TOP_P <= 1:
+        raise InputError(f"TOP_P = {TOP_P} must be above 0 and at most 1: 0.9 works.")
+    if encoder_only.MAX_LENGTH <= LONGEST:
+        raise InputError(f"MAX_LENGTH = {encoder_only.MAX_LENGTH} in the architecture files must be above {LONGEST}: "
+                         "digits and words stand in one text here.")
     num_test = len(toy_dataset.make_splits().test)
     if max(NUM_TESTED, NUM_SAMPLES, NUM_TIMED) > num_test:
         raise InputError(f"NUM_TESTED = {NUM_TESTED}, NUM_SAMPLES = {NUM_SAMPLES} and NUM_TIMED = {NUM_TIMED} must be "
@@ -282,9 +290,9 @@ def train_cell(cell: Cell, seed: int, num_epochs: int, bar) -> tuple:
     torch.manual_seed(seed)
     model = cell.module.build_model(**SIZES, **cell.options)
     loaders = toy_dataset.make_dataloaders(cell.make_example, BATCH_SIZE, seed)
-    loaders = loaders._replace(validation=[next(iter(loaders.validation))])  # 1,000 numbers are enough for a curve
+    few = {field: values[:400] for field, values in next(iter(loaders.validation)).items()}  # enough for a curve
     start = time.perf_counter()
-    history = cell.module.train(model, loaders, num_epochs, LEARNING_RATE, progress=bar)
+    history = cell.module.train(model, loaders._replace(validation=[few]), num_epochs, LEARNING_RATE, progress=bar)
     return model.eval(), history, time.perf_counter() - start
 
 
@@ -335,13 +343,12 @@ def read_text(text: str) -> int | None:
 
 
 def judge(texts: list[str]) -> dict:
-    """Of texts written freely, the shares that are valid (digits and words agree), new (valid, and not a number that
-    was learned from), and distinct (different texts)."""
+    """Of texts written freely, the shares that are valid (digits and words agree), distinct (different texts), and new:
+    valid, distinct, and of a number that was not learned from."""
     numbers = [read_text(text) for text in texts]
-    learned = set(toy_dataset.make_splits().train)
-    return {"valid": statistics.fmean(n is not None for n in numbers),
-            "new": statistics.fmean(n is not None and n not in learned for n in numbers),
-            "distinct": len(set(texts)) / len(texts)}
+    new = set(numbers) - {None} - set(toy_dataset.make_splits().train)
+    return {"valid": statistics.fmean(number is not None for number in numbers),
+            "distinct": len(set(texts)) / len(texts), "new": len(new) / len(texts)}
 
 
 def in_batches(answer, model, numbers: list[int], size: int = 1000) -> list[str]:
@@ -350,17 +357,16 @@ def in_batches(answer, model, numbers: list[int], size: int = 1000) -> list[str]
 
 
 def time_answers(cell: Cell, model, numbers: list[int]) -> dict:
-    """What an answer costs somebody who waits for it: one number at a time, means over all. Passes through a stack of
-    layers are counted where each of them begins, at the embedding."""
-    passes = []
-    cell.answer(model, numbers[:1])  # the first call is slower
+    """What an answer costs somebody who waits for it, one number at a time: the median time, the mean number of passes
+    through a stack of layers. These are counted where each of them begins, at the embedding."""
+    passes, seconds = [], []
     hook = model.embedding.register_forward_hook(lambda *_: passes.append(1))
-    start = time.perf_counter()
     for number in numbers:
+        start = time.perf_counter()
         cell.answer(model, [number])
-    seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
     hook.remove()
-    return {"ms_per_answer": 1000 * seconds / len(numbers), "forward_passes": len(passes) / len(numbers)}
+    return {"ms_per_answer": 1000 * statistics.median(seconds), "forward_passes": len(passes) / len(numbers)}
 
 
 def measure_cell(cell: Cell, model, seed: int) -> dict:
@@ -398,7 +404,7 @@ def run_cell(cell: Cell, bar) -> tuple[dict, object]:
         bar.set_description(f"testing {NAMES[cell.module.__name__]}")
         runs.append({"train_seconds": seconds, **measure_cell(cell, model, seed), "history": thin_out(history)})
         models.append(model)
-    about = {"row": cell.label, "architecture": cell.module.__name__, "work": cell.work, "natural": cell.natural,
+    about = {"row": cell.row, "architecture": cell.module.__name__, "work": cell.work, "natural": cell.natural,
              "how": cell.how}
     return about | mean_of_runs(runs), models[0]
 
@@ -531,7 +537,8 @@ def compare_beam(models: dict) -> list[dict]:
 @torch.no_grad()
 def time_cache(repeats: int = 20) -> dict:
     """Milliseconds for one more token after texts of several lengths, with the KV cache and without; one text at a
-    time, medians. The weights are random: they make no difference to the time."""
+    time, the fastest of several runs, as what else the computer does can only slow it down. The weights are random:
+    they make no difference to the time."""
     model = decoder_only.build_model(**SIZES, max_length=max(CACHE_LENGTHS) + 1).eval()
     device = next(model.parameters()).device
     measured = {"lengths": CACHE_LENGTHS, "cached_ms": [], "recomputed_ms": [], "cache_kilobytes": []}
@@ -550,8 +557,8 @@ def time_cache(repeats: int = 20) -> dict:
             model(ids)[0, -1].argmax().item()
             cached.append(1000 * (middle - start))
             recomputed.append(1000 * (time.perf_counter() - middle))
-        measured["cached_ms"].append(statistics.median(cached))
-        measured["recomputed_ms"].append(statistics.median(recomputed))
+        measured["cached_ms"].append(min(cached))
+        measured["recomputed_ms"].append(min(recomputed))
         size = sum(key.numel() + value.numel() for key, value in past) * past[0][0].element_size()
         measured["cache_kilobytes"].append(size / 1000)
     return measured
@@ -580,9 +587,16 @@ def count_parameters(model) -> dict[str, int]:
 # ======================================================================================================
 
 
-def say(text: str, bullet: str = "") -> None:
-    """Print a paragraph, in lines that fit a terminal of 100 columns."""
-    print(textwrap.fill(text, 98, initial_indent=bullet, subsequent_indent=" " * len(bullet), break_on_hyphens=False))
+def say(text: str, label: str = "") -> None:
+    """Print a paragraph, to the right of its label, in lines that fit a terminal of 100 columns."""
+    print(textwrap.fill(text, 98, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False))
+
+
+def explain(columns: dict[str, str]) -> None:
+    """What the columns of the table that follows mean."""
+    for name, meaning in columns.items():
+        say(meaning, f"  {name:11}")
+    print()
 
 
 def side_by_side(blocks: list[str]) -> str:
@@ -634,7 +648,7 @@ def show_examples(number: int = 342) -> None:
         source = rows.pop("source", None)
         widths = [max(map(len, column)) for column in zip(*rows.values())]
         asked = list(rows.values())[-1]
-        print(f"\n  {cell.label:4}{cell.work}, {NAMES[cell.module.__name__]}: {cell.how}")
+        print(f"\n  {cell.row:4}{cell.work}, {NAMES[cell.module.__name__]}: {cell.how}")
         if source is not None:
             print("      source   " + " ".join(source))
         for name, row in zip(("written" if source else "input", "target"), rows.values()):
@@ -651,11 +665,14 @@ def percent(share: float | None) -> str:
 def show_table(cells: list[dict]) -> None:
     """The 3 x 3 table, and the row that is not one of the nine."""
     print()
-    say(f"THE TABLE: every cell was trained here, and tested on {NUM_TESTED:,} held-out numbers, or on {NUM_SAMPLES} "
-        "texts that it wrote freely. right: whole answers without a mistake (generate: digits and words agree). "
-        "tokens: digits or words that are right. ms, passes: of one answer, asked for by itself; passes through a "
-        "stack of layers. *: what this architecture was made for. How each was put to its work: EXAMPLES, above.")
-    print()
+    say(f"THE TABLE: every cell was trained here, and tested on {NUM_TESTED:,} held-out numbers; generate: on "
+        f"{NUM_SAMPLES} texts, drawn with top-p {TOP_P}. How each is put to its work: EXAMPLES, above.")
+    explain({"right": "whole answers without a mistake (understand, transform)",
+             "tokens": "digits or words that are right",
+             "valid": "texts in which digits and words agree (generate); this is what counts as right",
+             "distinct": "different texts", "new": "texts that are valid, distinct, and of a number not learned from",
+             "ms, passes": "of one answer, asked for by itself: time, and passes through a stack of layers",
+             "*": "what this architecture was made for"})
     spread = " +- sd" if len(SEEDS) > 1 else ""
     print(f"  {'':4}{'work':11}{'architecture':18}{'right' + spread:>15}{'tokens':>9}{'parameters':>12}{'training':>10}"
           f"{'ms':>8}{'passes':>8}")
@@ -667,7 +684,7 @@ def show_table(cells: list[dict]) -> None:
         print(f"  {cell['row']:4}{cell['work']:11}{name:18}{right:>15}{percent(cell['token_accuracy']):>9}"
               f"{cell['parameters']:>12,}{cell['train_seconds']:>8.0f} s{cell['ms_per_answer']:>8.1f}"
               f"{cell['forward_passes']:>8.1f}")
-    print(f"\n  {'generate':33}{'valid':>15}{'distinct':>9}{'new':>12}   (valid, not learned from)")
+    print(f"\n  {'generate':33}{'valid':>15}{'distinct':>9}{'new':>12}")
     for cell in cells:
         if cell["work"] == "generate":
             print(f"  {cell['row']:15}{NAMES[cell['architecture']]:18}{percent(cell['valid']):>15}"
@@ -696,12 +713,11 @@ def show_wall(wall: dict) -> None:
 def show_strategies(strategies: list[dict]) -> None:
     """Inference strategies, on the same prompts."""
     print()
-    say(f"STRATEGIES, on the same prompts: {NUM_SAMPLES} held-out numbers to name (named: right; tokens/s: of naming), "
-        f"and {NUM_SAMPLES} texts written freely (distinct: different texts; valid: digits and words agree; new: "
-        f"valid, and not learned from). S1 to S{len(STRATEGIES)} are written by T8; the others, as decoder_only.py "
-        "has no beam search, by T6 (named) and T9 (freely). Greedy and beam search draw nothing: from the same prompt "
-        "they always write the same text.")
-    print()
+    say(f"STRATEGIES, on the same prompts: {NUM_SAMPLES} held-out numbers to name, and {NUM_SAMPLES} texts to write "
+        f"freely. S1 to S{len(STRATEGIES)} are written by T8; the others, as decoder_only.py has no beam search, by T6 "
+        "(names) and T9 (freely). Greedy and beam search draw nothing: the same prompt, the same text.")
+    explain({"named": "names that are right", "tokens/s": "while naming",
+             "distinct": "of the texts written freely; likewise valid and new, as in THE TABLE"})
     print(f"  {'':5}{'strategy':25}{'named':>9}{'distinct':>10}{'valid':>9}{'new':>9}{'tokens/s':>11}")
     for row in strategies:
         if row["row"] == f"S{len(STRATEGIES) + 1}":
@@ -713,11 +729,11 @@ def show_strategies(strategies: list[dict]) -> None:
 def show_beam(beam: list[dict]) -> None:
     """Beam search against greedy."""
     print()
-    say(f"BEAM SEARCH against greedy, encoder-decoder, {NUM_SAMPLES} held-out numbers. The trained model is T6, the "
-        f"unfinished one was given a training of {EARLY_EPOCHS} in place of {NUM_EPOCHS} epochs. log p: of the whole "
-        "text, mean over all. likelier, less: share of the texts that the model finds likelier, or less likely, than "
-        "greedy's.")
-    print()
+    say(f"BEAM SEARCH against greedy, encoder-decoder, {NUM_SAMPLES} held-out numbers. The trained model is T6; the "
+        f"unfinished one was given a training of {EARLY_EPOCHS} in place of {NUM_EPOCHS} epochs.")
+    explain({"log p": "of the whole text, mean over all",
+             "likelier": "share of the texts that the model finds likelier than greedy's (less: less likely)",
+             "right": "names without a mistake"})
     print(f"  {'':5}{'model':13}{'method':15}{'log p':>12}{'likelier':>10}{'less':>8}{'right':>9}{'ms/answer':>11}")
     for row in beam:
         print(f"  {row['row']:5}{row['model']:13}{row['method']:15}{row['log_probability']:12.5f}"
@@ -740,8 +756,8 @@ def show_parameters(parameters: dict) -> None:
     widths = [max(len(title), 6) + 1 for title in titles]
     print(" " * 21 + "".join(f"{title:>{width}}" for title, width in zip(titles, widths)) + f"{'all':>10}")
     for i, (architecture, counts) in enumerate(parameters.items(), start=1):
-        print(f"  P{i}  {NAMES[architecture]:15}" + "".join(f"{counts[component]:>{width},}" for component, width
-                                                           in zip(components, widths)) + f"{sum(counts.values()):>10,}")
+        cells = (f"{counts[component]:>{width},}" for component, width in zip(components, widths))
+        print(f"  P{i}  {NAMES[architecture]:15}" + "".join(cells) + f"{sum(counts.values()):>10,}")
 
 
 def guide_by_work(cells: list[dict]) -> list[str]:
@@ -770,17 +786,16 @@ def guide_by_strategy(strategies: list[dict]) -> list[str]:
     greedy, *others = strategies[: len(STRATEGIES)]
     named, harmful = (choose(others, key=lambda row: row["named"]) for choose in (max, min))
     newest = max(strategies, key=lambda row: row["new"])
-    varied = [row for row in strategies if row["distinct"] > 0.5]
-    surest = max(varied or strategies, key=lambda row: row["valid"])
+    oldest = min((row for row in others if "penalty" not in row["strategy"]), key=lambda row: row["new"])
     enough = named["named"] <= greedy["named"] + TOLERANCE
     return [
         f"One answer is right: greedy is {'as good as any' if enough else 'not the best'} ({greedy['row']}: "
         f"{greedy['named']:.1%} named). The best of the others is {named['strategy']} ({named['row']}: "
         f"{named['named']:.1%}), the worst {harmful['strategy']} ({harmful['row']}: {harmful['named']:.1%}).",
-        f"Many answers are right: most texts that are valid and new come from {newest['strategy']} ({newest['row']}: "
-        f"{newest['new']:.1%}). Of those that mostly write different texts, {surest['strategy']} is most often valid "
-        f"({surest['row']}: {surest['valid']:.1%}, new {surest['new']:.1%}). Greedy: {greedy['distinct']:.1%} of its "
-        f"texts are distinct ({greedy['row']}).",
+        f"Many answers are right: {newest['strategy']} writes the most that is new ({newest['row']}: "
+        f"{newest['new']:.1%}, valid {newest['valid']:.1%}); of the strategies that draw, {oldest['strategy']} writes "
+        f"the least ({oldest['row']}: {oldest['new']:.1%}, valid {oldest['valid']:.1%}); greedy, which does not, "
+        f"{greedy['new']:.1%} ({greedy['row']}: {greedy['distinct']:.1%} distinct).",
     ]
 
 
@@ -853,7 +868,7 @@ def save(found: dict, path: Path = COMPARISON) -> None:
 def all_constants() -> dict:
     """What the numbers belong to."""
     names = ("D_MODEL", "NUM_LAYERS", "NUM_HEADS", "D_FF", "BATCH_SIZE", "NUM_EPOCHS", "LEARNING_RATE", "SEEDS",
-             "NUM_TESTED", "NUM_SAMPLES", "NUM_TIMED", "EARLY_EPOCHS", "BEAM_WIDTH")
+             "NUM_TESTED", "NUM_SAMPLES", "TOP_P", "NUM_TIMED", "EARLY_EPOCHS", "BEAM_WIDTH")
     data = {f"toy_dataset.{name}": getattr(toy_dataset, name) for name in ("MAX_DIGITS", "NUM_TRAIN", "SEED")}
     return {name: globals()[name] for name in names} | data
 
@@ -866,7 +881,7 @@ def compare() -> dict:
     entries, models = [], {}
     with tqdm(total=num_epochs * steps_per_epoch, ascii=True, ncols=95, mininterval=0.5) as bar:
         for cell in cells:
-            entry, models[cell.label] = run_cell(cell, bar)
+            entry, models[cell.row] = run_cell(cell, bar)
             entries.append(entry)
         early, *_ = train_cell(CELLS[5], SEEDS[0], EARLY_EPOCHS, bar)
         bar.set_description("strategies, beam search, cache")

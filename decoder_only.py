@@ -648,7 +648,7 @@ def answer(model, numbers: list[int]) -> list[str]:
     lines = []
     for number, ids in zip(numbers, generate(model, [make_prompt(n) for n in numbers], temperature=0.0)):
         said, truth = to_words(ids), " ".join(number_to_words(number))
-        lines.append(f"{number} -> {said}" + ("" if said == truth else f"   WRONG: {truth}"))
+        lines.append(f"{number} -> {said}" + ("" if said == truth else f"\n    WRONG: {truth}"))
     return lines
 
 
@@ -726,17 +726,17 @@ def parameter_formula(model) -> tuple[str, int]:
 
 def print_configuration(model, loaders) -> None:
     """What is about to be trained, and what its loss can be expected to be, before the first step."""
-    print(f"{type(model).__name__} on {next(model.parameters()).device}: "
+    print(f"{type(model).__name__} on {next(model.parameters()).device}:\n  "
           + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
     count = sum(parameter.numel() for parameter in model.parameters())
     formula, expected = parameter_formula(model)
-    print(f"Parameters: {count:,}, and by arithmetic {formula} = {expected:,}")
+    print(f"Parameters: {count:,}, and by arithmetic {expected:,}\n  = {formula}")
     sizes = [f"{len(loader.dataset):,}" for loader in loaders]
     print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
     with torch.no_grad():
         loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
-    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V); {loss_sum / num_targets:.3f} this model, "
-          f"untrained; {describe_floor(loaders.validation.dataset)}\n")
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V), {loss_sum / num_targets:.3f} this model, "
+          f"untrained;\n  {describe_floor(loaders.validation.dataset)}\n")
 
 
 def describe_floor(dataset) -> str:
@@ -779,9 +779,9 @@ def show_strategies(model) -> None:
     }
     held_out = toy_dataset.make_splits().test[:500]
     samples = []
-    print("\nSTRATEGIES, on the same prompts: 500 held-out numbers, <SOS> digits <SEP> (named: share named right),\n"
-          "and 500 times <SOS> alone (distinct: share of different texts; valid: the words do name the digits)\n\n"
-          f"  {'':22}{'named':>8}{'distinct':>10}{'valid':>8}{'tokens/s':>10}")
+    print("\nSTRATEGIES, on the same prompts: 500 held-out numbers, <SOS> digits <SEP> (named: the share named\n"
+          "right), and 500 times <SOS> alone (distinct: the share of different texts; valid: of those whose\n"
+          f"words name their digits)\n\n  {'':22}{'named':>8}{'distinct':>10}{'valid':>8}{'tokens/s':>10}")
     for name, settings in strategies.items():
         generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
         named = generate(model, [make_prompt(number) for number in held_out], generator=generator, **settings)
@@ -793,7 +793,7 @@ def show_strategies(model) -> None:
         valid = sum(read_text(ids) is not None for ids in free)
         print(f"  {name:22}{right / 500:8.1%}{distinct / 500:10.1%}{valid / 500:8.1%}"
               f"{(free != PAD_ID).sum().item() / seconds:10,.0f}")
-        samples.append(f"  {name:22}{to_words(free[0])}")
+        samples.append(f"  {name:22}{to_words(free[0])[:75]}")
     print("\nThe first text that each wrote after <SOS>:\n" + "\n".join(samples))
 
 
@@ -837,8 +837,8 @@ def main(*numbers: int) -> None:
     print("\nEXAMPLES, greedy\n  " + "\n  ".join(answer(model, EXAMPLES)))
     show_strategies(model)
     show_cache(model)
-    print("\nNext: python decoder_only.py 342 90210, or change a constant at the top of the file and run it again;\n"
-          "then `diff decoder_only.py encoder_decoder.py`: what a second text costs.")
+    print("\nNext: python decoder_only.py 342 90210, or change a constant at the top of the file and run it\n"
+          "again; then `diff decoder_only.py encoder_decoder.py`: what a second text costs.")
 
 
 if __name__ == "__main__":

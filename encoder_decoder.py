@@ -768,7 +768,7 @@ def answer(model, numbers: list[int]) -> list[str]:
     lines = []
     for number, ids in zip(numbers, generate(model, [make_source(n) for n in numbers], temperature=0.0)):
         said, truth = to_words(ids), " ".join(number_to_words(number))
-        lines.append(f"{number} -> {said}" + ("" if said == truth else f"   WRONG: {truth}"))
+        lines.append(f"{number} -> {said}" + ("" if said == truth else f"\n    WRONG: {truth}"))
     return lines
 
 
@@ -846,17 +846,17 @@ def parameter_formula(model) -> tuple[str, int]:
 
 def print_configuration(model, loaders) -> None:
     """What is about to be trained, and what its loss can be expected to be, before the first step."""
-    print(f"{type(model).__name__} on {next(model.parameters()).device}: "
+    print(f"{type(model).__name__} on {next(model.parameters()).device}:\n  "
           + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
     count = sum(parameter.numel() for parameter in model.parameters())
     formula, expected = parameter_formula(model)
-    print(f"Parameters: {count:,}, and by arithmetic {formula} = {expected:,}")
+    print(f"Parameters: {count:,}, and by arithmetic {expected:,}\n  = {formula}")
     sizes = [f"{len(loader.dataset):,}" for loader in loaders]
     print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
     with torch.no_grad():
         loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
-    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V); {loss_sum / num_targets:.3f} this model, "
-          f"untrained; {describe_floor(loaders.validation.dataset)}\n")
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V), {loss_sum / num_targets:.3f} this model, "
+          f"untrained;\n  {describe_floor(loaders.validation.dataset)}\n")
 
 
 def describe_floor(dataset) -> str:
@@ -912,8 +912,8 @@ def show_alignment(model, number: int) -> None:
     """The cross-attention, drawn: darker is more. A word's true digits, those that decide it, stand in brackets."""
     weights = cross_attention(model, number)
     words = [*number_to_words(number), "<EOS>"]
-    print(f"\nCROSS-ATTENTION for {number}: which digits it looks at (mean of layers and heads) for each word;\n"
-          "  [ ] marks the digits that the word is made of. Attention shows where information could flow, no more.\n")
+    print(f"\nCROSS-ATTENTION for {number}: which digits it looks at (mean of layers and heads)\n"
+          "for each word; [ ] marks those that it is made of. Attention shows where information could flow, no\nmore.\n")
     print("  " + " " * 10 + "".join(f"{token:^7}" for token in [*str(number), "<EOS>"]))
     on_digits = 0.0
     for word, row, digits in zip(words, weights.tolist(), [*align(number), set()]):
@@ -953,7 +953,7 @@ def main(*numbers: int) -> None:
     show_strategies(model)
     show_beam(model, EXAMPLES[-3])
     show_alignment(model, EXAMPLES[-3])
-    print("\nNext: python encoder_decoder.py 342 90210, or change a constant at the top of the file and run it again.")
+    print("\nNext: python encoder_decoder.py 342 90210, or change a constant at the top and run it again.")
 
 
 if __name__ == "__main__":

@@ -635,13 +635,13 @@ def answer(model, numbers: list[int]) -> list[str]:
             hidden = len(words) // 2
             truth = " ".join([*str(number), "<SEP>", *words[:hidden], f"[{words[hidden]}]", *words[hidden + 1:]])
             said = fill_in(model, [truth.replace(f"[{words[hidden]}]", "<MASK>")])[0]
-            lines.append(said + ("" if said == truth else f"   WRONG: [{words[hidden]}]"))
+            lines.append(said + ("" if said == truth else f"\n    WRONG: [{words[hidden]}]"))
             continue
         batch = toy_dataset.pad_batch([TASKS[model.task](number)])
         logits, targets = predict(model, batch)
         said, truth = ([describe_label(model.task, label) for label in labels[targets[0] != IGNORE].tolist()]
                        for labels in (logits[0].argmax(dim=-1), targets[0]))
-        lines.append(f"{number} -> {', '.join(said)}" + ("" if said == truth else f"   WRONG: {', '.join(truth)}"))
+        lines.append(f"{number} -> {', '.join(said)}" + ("" if said == truth else f"\n    WRONG: {', '.join(truth)}"))
     model.train(was_training)
     return lines
 
@@ -727,22 +727,22 @@ def parameter_formula(model) -> tuple[str, int]:
 
 def print_configuration(model, loaders) -> None:
     """What is about to be trained, and what its loss can be expected to be, before the first step."""
-    print(f"{type(model).__name__} on {next(model.parameters()).device}: "
+    print(f"{type(model).__name__} on {next(model.parameters()).device}:\n  "
           + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
     count = sum(parameter.numel() for parameter in model.parameters())
     formula, expected = parameter_formula(model)
-    print(f"Parameters: {count:,}, and by arithmetic {formula} = {expected:,}")
+    print(f"Parameters: {count:,}, and by arithmetic {expected:,}\n  = {formula}")
     sizes = [f"{len(loader.dataset):,}" for loader in loaders]
     print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
     with torch.no_grad():
         loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
-    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V); {loss_sum / num_targets:.3f} this model, "
-          f"untrained; {describe_floor(loaders.validation.dataset)}\n")
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V), {loss_sum / num_targets:.3f} this model, "
+          f"untrained;\n  {describe_floor(loaders.validation.dataset)}\n")
 
 
 def describe_floor(dataset) -> str:
     """What is known about the least loss that is possible on these numbers, as text."""
-    return "0 is out of reach, as who\nsees neither a digit nor its word cannot know them"
+    return "0 is out of reach: who sees neither a digit nor its word cannot know them"
 
 
 def checkpoint_of(task: str) -> Path:
@@ -776,8 +776,8 @@ def show_mask_predict(model, counter) -> None:
         labels = predict(counter, batch)[0].argmax(dim=-1)                              # (B, 1)
     told = [len(name) for name in names]
     guessed = [label + 1 for label in labels.flatten().tolist()]
-    print("\nMASK-PREDICT: writing, with a model made to fill holes. Share of 500 held-out names wholly right,\n"
-          f"by what is hidden and by rounds\n\n  {'':44}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
+    print("\nMASK-PREDICT: writing, with a model made to fill holes. Share of 500 held-out names\n"
+          f"wholly right, by what is hidden and by rounds\n\n  {'':44}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
     rng = random.Random(SEED)
     for label, share, lengths in [("one word hidden", 0, told), ("half of the words hidden", 0.5, told),
                                   ("all words hidden, their number told", 1, told),
@@ -793,8 +793,9 @@ def show_mask_predict(model, counter) -> None:
             right = sum(decode(ids.tolist())[len(p):-1] == name for ids, p, name in zip(filled, prompts, names))
             row.append(f"{right / len(names):11.1%}")
         print(f"  {label:44}" + "".join(row))
-    print("  Why this is not natural for it: someone must say first how many words there will be; the words of a\n"
-          "  round are guessed side by side, none knowing the others; and in training most of the text was there.")
+    print("  Why this is not natural for it: someone must say first how many words there will be; the words\n"
+          "  of a round are guessed side by side, none knowing the others; and in training most of the text\n"
+          "  was there.")
 
 
 def train_and_test() -> dict:
@@ -854,8 +855,9 @@ def main(*questions: int | str) -> None:
         print(f"  {tags}; {count.partition(' -> ')[2]}")
     show_mask_predict(models["masked_lm"], models["counting"])
     show_pretraining_gain(models["masked_lm"])
-    print("\nNext: python encoder_only.py 342 '90210 <SEP> ninety <MASK> two hundred ten', or change a constant at\n"
-          "the top and run it again; then `diff encoder_only.py decoder_only.py`: what makes a GPT of a BERT.")
+    print("\nNext: python encoder_only.py 342 '90210 <SEP> ninety <MASK> two hundred ten', or change a\n"
+          "constant at the top and run it again; then `diff encoder_only.py decoder_only.py`: what makes a\n"
+          "GPT of a BERT.")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main() -> None:
     start = time.perf_counter()
     print("THREE TRANSFORMERS, ONE SMALL LANGUAGE: numbers below a million and their English names.\n"
           f"  90210 <-> {' '.join(number_to_words(90210))}\n"
-          "Each learns from 10,000 numbers and is tested on 2,000 others (held-out; exact: the whole answer is right).")
+          "Each learns from 10,000 numbers and is tested on 2,000 others (held-out; exact: all of it right).")
     rows = []
 
     print("\n1. ENCODER-ONLY (BERT): reads all of a text at once. Made to understand: what is each digit worth?")
@@ -47,8 +47,8 @@ def main() -> None:
     model = encoder_only.build_model(task="tagging")
     rows.append(train_and_show(encoder_only, model, encoder_only.create_dataloaders(BATCH_SIZE, SEED, "tagging")))
 
-    print("\n2. DECODER-ONLY (GPT): reads from left to right, writes what comes next. Made to generate: the digits\n"
-          "   are the beginning of a text; how does it go on?")
+    print("\n2. DECODER-ONLY (GPT): reads from left to right, writes what comes next. Made to generate: the\n"
+          "   digits are the beginning of a text; how does it go on?")
     torch.manual_seed(SEED)
     model = decoder_only.build_model()
     loaders = decoder_only.create_dataloaders(BATCH_SIZE, SEED, loss_on_prompt=False)
@@ -65,8 +65,8 @@ def main() -> None:
         print(f"{name:18}{work:22}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, (12, 8, 10, 16))))
     print(f"All in {time.perf_counter() - start:.0f} seconds.\n\nNext:\n"
           "  python toy_dataset.py             the language, and how each of the three is fed it\n"
-          "  python encoder_only.py            and then decoder_only.py, encoder_decoder.py: run them, read them,\n"
-          "                                    change a constant at the top, run them again\n"
+          "  python encoder_only.py            and then decoder_only.py, encoder_decoder.py: run them, read\n"
+          "                                    them, change a constant at the top, run them again\n"
           "  python compare_architectures.py   which architecture for what, measured")
 
 

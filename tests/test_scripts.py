@@ -39,13 +39,14 @@ def run(folder, name, *arguments):
 
 def assert_one_sentence(done, status, *parts):
     assert done.returncode == status
-    errors = [line for line in done.stderr.split("\n") if line.strip() and "it/s]" not in line and "?it" not in line]
+    errors = [line for line in re.split(r"[\r\n]", done.stderr) if line.strip() and not line.startswith("training:")]
     assert len(errors) == 1 and all(part in errors[0] for part in parts), done.stderr
 
 
 def assert_plain(text):
+    """ASCII, and at most 100 columns, but for paths and for what a model wrote: an untrained one may say anything."""
     assert text.isascii()
-    assert [line for line in text.splitlines() if len(line) > 100] == []
+    assert [line for line in text.splitlines() if len(line) > 100 and not re.search(" -> |^Saved", line)] == []
 
 
 @pytest.mark.parametrize("name", ["toy_dataset", *FILES])

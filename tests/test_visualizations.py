@@ -242,6 +242,7 @@ def test_the_post_norm_model_starts_from_the_same_weights_and_is_pytorchs_post_n
                                 (ours.feed_forward.contract, theirs.linear2)):
                 getattr(other, part).copy_(getattr(mine, part))
     x = torch.randn(3, 5, 32)
+    assert torch.equal(post.final_norm(x), x)  # no norm but the layers' own
     torch.testing.assert_close(ours(x, torch.ones(3, 1, 1, 5, dtype=torch.bool)), theirs(x), atol=1e-5, rtol=1e-4)
 
 
