@@ -913,7 +913,7 @@ def show_alignment(model, number: int) -> None:
     weights = cross_attention(model, number)
     words = [*number_to_words(number), "<EOS>"]
     print(f"\nCROSS-ATTENTION for {number}: which digits it looks at (mean of layers and heads)\n"
-          "for each word; [ ] marks those that it is made of. Attention shows where information could flow, no\nmore.\n")
+          "for each word; [ ] marks those that it is made of. Attention shows where information can flow,\nno more.\n")
     print("  " + " " * 10 + "".join(f"{token:^7}" for token in [*str(number), "<EOS>"]))
     on_digits = 0.0
     for word, row, digits in zip(words, weights.tolist(), [*align(number), set()]):

@@ -777,7 +777,8 @@ def show_mask_predict(model, counter) -> None:
     told = [len(name) for name in names]
     guessed = [label + 1 for label in labels.flatten().tolist()]
     print("\nMASK-PREDICT: writing, with a model made to fill holes. Share of 500 held-out names\n"
-          f"wholly right, by what is hidden and by rounds\n\n  {'':44}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
+          f"wholly right, by what is hidden and by rounds\n\n  {'':44}"
+          + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
     rng = random.Random(SEED)
     for label, share, lengths in [("one word hidden", 0, told), ("half of the words hidden", 0.5, told),
                                   ("all words hidden, their number told", 1, told),

@@ -4,9 +4,9 @@
 
 It draws every picture of the README into figures/, and says in one line what to see in each. Each picture makes one
 point, and its title says the point. The numbers come from the code itself or from models trained here: from their
-checkpoints where they fit, and where there is none a shorter training takes its place (a minute and a half in all on
-two CPU cores; a quarter of that with checkpoints). What compare_architectures.py has measured is drawn from
-figures/comparison.json.
+checkpoints where they fit, and where there is none a shorter training takes its place (not much more than a minute in
+all on two CPU cores; a third of that with checkpoints). What compare_architectures.py has measured is drawn from
+figures/comparison.json; if that is missing it is measured now, and that takes minutes.
 
 Each picture has two functions. One computes numbers and could be used without any picture; one draws them. To play:
 change NUMBER or SHORT_NUMBER below, or a constant at the top of an architecture file, and run this again: the diagrams
@@ -36,7 +36,8 @@ import decoder_only
 import encoder_decoder
 import encoder_only
 import toy_dataset
-from toy_dataset import PAD_ID, VOCABULARY, InputError, align, encode, make_padding_mask, number_to_words, run_script
+from toy_dataset import PAD_ID, VOCABULARY, InputError, align, decode, encode, make_padding_mask
+from toy_dataset import number_to_words, run_script
 
 # ======================================================================================================
 # CONSTANTS
@@ -44,12 +45,13 @@ from toy_dataset import PAD_ID, VOCABULARY, InputError, align, encode, make_padd
 
 # --- what is shown ---
 NUMBER = 90210             # for pictures with room: in no split, so no model has ever seen it. Try 605112
-SHORT_NUMBER = 512         # for small multiples; held out too. Try 740 or 999
+SHORT_NUMBER = 512         # for small multiples; held out too. Try 740 or 999; more than three digits get crowded
 NUM_TEST_BATCHES = 2       # of 1,000 test numbers each, for the accuracy in a picture's corner. Try 20: all of them
 EPOCHS = {"encoder_only": 3, "decoder_only": 3, "encoder_decoder": 3}  # of a model that has no checkpoint. Try 1
 DEPTH = 16                 # layers of the two deep models in gradient_flow. Try 4: does the difference remain?
 DEEP_STEPS = 60            # and their training. Try 20: when does it begin?
 EARLY_STEPS = 120          # training of the model in sampling_strategies: it must still hesitate. Try 60, 400
+NUM_KEYS = 16              # keys that a random query chooses from, in softmax_scaling. Try 4, 64
 SEED = 0                   # initial weights, samples. Try 1: which pictures change?
 
 # --- how it looks ---
@@ -72,6 +74,11 @@ matplotlib.rcdefaults()  # whatever the reader's own matplotlibrc says, the pict
 matplotlib.rcParams.update(STYLE)
 NO_PROOF = "Attention shows where information could flow; it is no proof of reasoning."
 
+# What each architecture is given to read when a number is shown in a picture.
+EXAMPLES = {encoder_only.EncoderOnlyTransformer: toy_dataset.masked_lm_example,
+            decoder_only.DecoderOnlyTransformer: toy_dataset.decoder_only_example,
+            encoder_decoder.EncoderDecoderTransformer: toy_dataset.encoder_decoder_example}
+
 
 class Trained(NamedTuple):
     """A model, how good it is on held-out numbers, and the sentence that says so in the corner of its pictures."""
@@ -79,6 +86,11 @@ class Trained(NamedTuple):
     model: nn.Module
     accuracy: float
     note: str
+
+
+def tokens_of(ids: torch.Tensor) -> list[str]:
+    """Ids (T) -> tokens, padding included."""
+    return [VOCABULARY[i] for i in ids.tolist()]
 
 
 # ======================================================================================================
@@ -100,18 +112,14 @@ def example_masks() -> dict:
     batch = toy_dataset.pad_batch([toy_dataset.encoder_decoder_example(number) for number in (42, 342)])
     source, target = batch["source"][:1], batch["target"][:1]
     S, T = source.size(1), target.size(1)
-    digits, words = ([VOCABULARY[i] for i in ids[0].tolist()] for ids in (source, target))
+    digits, words = tokens_of(source[0]), tokens_of(target[0])
     causal = encoder_decoder.make_causal_mask(T, T)
-    masks = {
+    return {
         "padding": (make_padding_mask(source)[0, 0].expand(S, S), digits, digits),
         "causal": (causal, words, words),
         "causal & padding": ((make_padding_mask(target) & causal)[0, 0], words, words),
         "cross-attention": (make_padding_mask(source)[0, 0].expand(T, S), words, digits),
     }
-    return masks
-
-
-NUM_KEYS = 16
 
 
 def largest_weights(sizes: list[int], num_queries=256) -> tuple[list[float], list[float]]:
@@ -173,12 +181,13 @@ class PostNormLayer(encoder_only.EncoderLayer):
         return self.feed_forward_norm(x + self.feed_forward(x))
 
 
-def build_deep_model(post_norm: bool, depth=DEPTH, d_model=32):
+def build_deep_model(post_norm: bool, depth=DEPTH):
     """A deep, narrow masked LM, pre-norm as in encoder_only.py, or post-norm with the very same initial weights."""
+    sizes = {"d_model": 32, "num_heads": 4, "d_ff": 128, "dropout": 0.0}
     torch.manual_seed(SEED)
-    model = encoder_only.build_model(d_model=d_model, num_layers=depth, d_ff=4 * d_model).cpu()
+    model = encoder_only.build_model(num_layers=depth, **sizes).cpu()
     if post_norm:
-        layers = nn.ModuleList(PostNormLayer(d_model, encoder_only.NUM_HEADS, 4 * d_model, 0.0) for _ in range(depth))
+        layers = nn.ModuleList(PostNormLayer(**sizes) for _ in range(depth))
         layers.load_state_dict(model.layers.state_dict())
         model.layers, model.final_norm = layers, nn.Identity()  # the last layer's own norm is the final one
     return model
@@ -213,31 +222,29 @@ def gradient_flow(num_steps=DEEP_STEPS, depth=DEPTH, progress=None) -> dict:
 
 
 class Attention(NamedTuple):
-    """Attention maps with their real tokens: who looks (rows) at what (columns)."""
+    """Numbers for each pair of tokens: who looks, or knows (rows), at what, or of what (columns)."""
 
     rows: list[str]
     columns: list[str]
-    weights: torch.Tensor  # (layers, H, T, S); each row sums to 1
+    weights: torch.Tensor  # (layers, H, T, S), each row sums to 1; influence: (T, S)
 
 
 @torch.no_grad()
 def attention_maps(model, number: int) -> dict[str, Attention]:
-    """All attention weights of a model that reads a number's text, by the kind of attention."""
+    """All attention weights of a model that reads a number's text, by the stack; and "cross", between two stacks."""
+    example = toy_dataset.pad_batch([EXAMPLES[type(model)](number)])
     self_maps, encoder_maps, cross_maps = [], [], []
-    if isinstance(model, encoder_decoder.EncoderDecoderTransformer):
-        example = toy_dataset.pad_batch([toy_dataset.encoder_decoder_example(number)])
-        memory = model.encode(example["source"], encoder_maps)
-        model.decode(example["target"], memory, example["source"], None, self_maps, cross_maps)
-        source, target = ([VOCABULARY[i] for i in example[name][0].tolist()] for name in ("source", "target"))
-        predicted = [*target[1:], "<EOS>"]  # a row of cross-attention is named after the word that it helps to predict
-        return {"encoder": Attention(source, source, torch.cat(encoder_maps)),
-                "decoder": Attention(target, target, torch.cat(self_maps)),
-                "cross": Attention(predicted, source, torch.cat(cross_maps))}
-    is_encoder = isinstance(model, encoder_only.EncoderOnlyTransformer)
-    example = toy_dataset.masked_lm_example(number) if is_encoder else toy_dataset.decoder_only_example(number)
-    model(torch.tensor([example["ids"]]), attention_maps=self_maps)
-    tokens = [VOCABULARY[i] for i in example["ids"]]
-    return {"layers": Attention(tokens, tokens, torch.cat(self_maps))}
+    if "source" not in example:
+        model(example["ids"], attention_maps=self_maps)
+        tokens = tokens_of(example["ids"][0])
+        return {"layers": Attention(tokens, tokens, torch.cat(self_maps))}
+    memory = model.encode(example["source"], encoder_maps)
+    model.decode(example["target"], memory, example["source"], None, self_maps, cross_maps)
+    source, target = tokens_of(example["source"][0]), tokens_of(example["target"][0])
+    predicted = [*target[1:], "<EOS>"]  # a row of cross-attention is named after the word that it helps to predict
+    return {"encoder": Attention(source, source, torch.cat(encoder_maps)),
+            "decoder": Attention(target, target, torch.cat(self_maps)),
+            "cross": Attention(predicted, source, torch.cat(cross_maps))}
 
 
 def share_on_alignment(weights: torch.Tensor, number: int) -> float:
@@ -336,16 +343,14 @@ def influence(model, number: int) -> Attention:
         inputs.append(output.detach().requires_grad_())
         return inputs[-1]
 
+    example = toy_dataset.pad_batch([EXAMPLES[type(model)](number)])
     handle = model.embedding.register_forward_hook(watch)
-    if isinstance(model, encoder_decoder.EncoderDecoderTransformer):
-        example = toy_dataset.pad_batch([toy_dataset.encoder_decoder_example(number)])
+    if "source" in example:
         logits = model(example["source"], example["target"])
-        columns, rows = torch.cat([example["source"], example["target"]], dim=1)[0], example["target"][0]
+        rows, columns = example["target"][0], torch.cat([example["source"], example["target"]], dim=1)[0]
     else:
-        is_encoder = isinstance(model, encoder_only.EncoderOnlyTransformer)
-        example = toy_dataset.masked_lm_example(number) if is_encoder else toy_dataset.decoder_only_example(number)
-        columns = rows = torch.tensor(example["ids"])
-        logits = model(columns[None])
+        logits = model(example["ids"])
+        rows = columns = example["ids"][0]
     handle.remove()
     # One backward pass for each logit, all of a position's at once: row v of the identity asks for logit v alone.
     every_logit = torch.eye(logits.size(-1))
@@ -353,8 +358,7 @@ def influence(model, number: int) -> Attention:
     for t in range(len(rows)):
         gradients = torch.autograd.grad(logits[0, t], inputs, every_logit, retain_graph=True, is_grads_batched=True)
         lengths.append(torch.cat(gradients, dim=2).square().sum(dim=(0, 1, 3)).sqrt())          # (S)
-    rows, columns = ([VOCABULARY[i] for i in ids.tolist()] for ids in (rows, columns))
-    return Attention(rows, columns, torch.stack(lengths))
+    return Attention(tokens_of(rows), tokens_of(columns), torch.stack(lengths))
 
 
 class Hypothesis(NamedTuple):
@@ -371,7 +375,7 @@ def beam_hypotheses(model, number: int) -> list[Hypothesis]:
     found = []
     for ids, score in zip(texts[0].tolist(), scores[0].tolist()):
         if score > -math.inf:
-            words = [VOCABULARY[i] for i in ids if i != PAD_ID]
+            words = decode(ids)
             found.append(Hypothesis(words, score, math.exp(score * len(words) ** encoder_decoder.LENGTH_PENALTY)))
     return found
 
@@ -817,7 +821,7 @@ def draw_sampling_strategies(trained: Trained, number: int, num_tokens=8) -> Fig
         axes.barh(range(num_tokens), probabilities[shown].tolist(), color=DECODER_ONLY)
         axes.barh(range(num_tokens), learned[shown].tolist(), fill=False, edgecolor=GREY, linewidth=1)
         axes.set_title(name)
-        axes.set_yticks(range(num_tokens), [VOCABULARY[i] for i in shown.tolist()])
+        axes.set_yticks(range(num_tokens), tokens_of(shown))
         for label in axes.get_yticklabels():
             label.set_fontweight("bold" if label.get_text() == right_word else "normal")
         axes.set_xlim(0, 1)
@@ -834,32 +838,35 @@ def draw_beam_search_tree(trained: Trained, number: int) -> Figure:
     found = beam_hypotheses(trained.model, number)
     texts = [hypothesis.words for hypothesis in found]
     others = sum(hypothesis.probability for hypothesis in found[1:])
-    title = (f"Beam search ends with {len(found)} texts: the best has {percent(found[0].probability)} of the "
-             f"probability, the others together {percent(others)}")
+    title = (f"Beam search ends with {len(found)} text{'s' if texts[1:] else ''}: the best has "
+             f"{percent(found[0].probability)} of the probability, the others together {percent(others)}")
     note = (f"Score: log-probability / length^{encoder_decoder.LENGTH_PENALTY:g}; the highest wins. Where a line ends, "
             f"it wrote <EOS>. {trained.note}")
     figure = new_figure(title, 2.2 + 0.45 * len(found), note)
     axes = figure.subplots()
-    last = max(map(len, texts))  # the column of <EOS>, in which the numbers stand
+    last = max(map(len, texts))      # the column of <EOS>; from it on the numbers stand
+    inch = last / 5.1                # so many columns, each of one word, are an inch
+    prob, score = last - 0.5 + 0.85 * inch, last - 0.5 + 1.5 * inch
     rows = place_in_tree(texts)
     for beginning, row in rows.items():
         depth, is_best = len(beginning), list(beginning) == texts[0][: len(beginning)]
         colour, width = (ENCODER_DECODER, 3) if is_best else (GREY, 1.2)
         ends = depth > 0 and beginning[-1] == "<EOS>"
         if depth:
-            before, here = rows[beginning[:-1]], last - 0.55 if ends else depth
+            before, here = rows[beginning[:-1]], last - 0.5 if ends else depth
             axes.plot([depth - 1, depth - 0.5, depth - 0.5, here], [before, before, row, row], color=colour,
                       linewidth=width, zorder=2 if is_best else 1)
         if not ends:
             axes.text(depth, row, beginning[-1] if depth else str(number), ha="center", va="center", zorder=3,
                       fontweight="bold" if is_best else "normal", fontsize=min(12, 80 / last),
                       bbox={"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": colour})
-    for x, heading in ((last + 0.4, "prob."), (last + 1.2, "score")):
+    for x, heading in ((prob, "prob."), (score, "score")):
         axes.text(x, -0.75, heading, ha="right", color=GREY)
-    for words, score, probability in found:
-        axes.text(last + 0.4, rows[tuple(words)], percent(probability), ha="right", va="center")
-        axes.text(last + 1.2, rows[tuple(words)], f"{score:.2f}", ha="right", va="center")
-    axes.set(xlim=(-0.5, last + 1.25), ylim=(len(found) - 0.5, -1))
+    for hypothesis in found:
+        row = rows[tuple(hypothesis.words)]
+        axes.text(prob, row, percent(hypothesis.probability), ha="right", va="center")
+        axes.text(score, row, f"{hypothesis.score:.2f}", ha="right", va="center")
+    axes.set(xlim=(-0.5, score + 0.05), ylim=(len(found) - 0.5, -1))
     axes.set_axis_off()
     return figure
 

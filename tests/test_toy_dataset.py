@@ -35,7 +35,7 @@ def test_what_is_no_name_is_refused(words):
 
 @pytest.mark.parametrize("text", ["", "-1", "1,000", "007", "abc", "1234567", "1.5", "\u0663"])
 def test_what_is_no_number_is_refused_and_named(text):
-    with pytest.raises(ValueError, match=re.escape(text)):
+    with pytest.raises(ValueError, match=re.escape(repr(text)) if len(text) < 7 else text):
         toy.parse_number(text)
 
 

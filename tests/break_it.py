@@ -1,0 +1,153 @@
+"""break_it.py - the lab: classic mistakes, each made on purpose in a copy of the code, retrained, and looked at.
+
+    python tests/break_it.py                       all of them (half an hour on two CPU cores)
+    python tests/break_it.py "no scale"            only those named
+
+For each it prints what one would expect, what was seen, beside the unbroken code, and which test goes red.
+`loss` is the last training loss, `exact` the share of held-out numbers answered rightly when the true text is shown (as
+evaluate does it), `written` the same when the model writes alone. Not every mistake shows at this size. That is the
+lesson: a model that learns is no proof of code that is right, which is what the tests are for.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Break(NamedTuple):
+    """One mistake: in a file, the text `old` (which stands there exactly once) becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    expected: str
+
+
+BREAKS = [
+    Break("no scale", "decoder_only", " / math.sqrt(query.size(-1)) ", " ",
+          "scores too large, softmax saturated, slower learning"),
+    Break("no causal mask", "decoder_only", ".tril(diagonal=S - T)", "",
+          "the loss falls below what is possible: it reads the answer. Alone it writes nonsense"),
+    Break("causal mask shifted by one", "decoder_only", ".tril(diagonal=S - T)", ".tril(diagonal=S - T + 1)",
+          "each position sees its own target: loss near 0, nonsense when it writes alone"),
+    Break("no positions", "decoder_only", "x + self.positional_encoding(positions)", "x",
+          "order is known only through the causal mask: worse"),
+    Break("positions forget the cache", "decoder_only", "self.embed(ids[:, start:], positions[:, start:])",
+          "self.embed(ids[:, start:], positions[:, :ids.size(1) - start])",
+          "trains as ever; with the cache every new token believes that it is the first"),
+    Break("padding is attended to", "decoder_only", "make_padding_mask(ids) & make_causal_mask(", "make_causal_mask(",
+          "padding stands on the right in training, behind the causal mask: nothing, until prompts are padded left"),
+    Break("no residual", "decoder_only", "x = x + self.dropout(self.attention(", "x = self.dropout(self.attention(",
+          "gradients have no straight road: it hardly learns"),
+    Break("no final norm", "decoder_only", "F.linear(self.final_norm(x), ", "F.linear(x, ",
+          "logits of any size: a rough start"),
+    Break("-1e9 for masked scores", "decoder_only", "torch.finfo(scores.dtype).min", "-1e9",
+          "nothing in float32; in float16 it does not fit"),
+    Break("targets not shifted", "toy_dataset", "    targets = text[1:]\n", "    targets = text[:-1]\n",
+          "it learns to repeat its input: loss near 0, nothing right"),
+    Break("padding counts in the loss", "toy_dataset", 'filler = IGNORE if field in ("targets", "places") else PAD_ID',
+          "filler = PAD_ID", "the loss looks better than it is: padding is easy"),
+    Break("gradients never zeroed", "decoder_only", "            optimizer.zero_grad() ", "            pass #",
+          "each step follows the sum of all gradients so far"),
+    Break("decay on everything", "decoder_only", '{"params": others, "weight_decay": 0.0}',
+          '{"params": others, "weight_decay": WEIGHT_DECAY}', "embeddings and norms shrink a little"),
+    Break("no learning-rate decay", "decoder_only", "return lowest + (peak - lowest) * 0.5", "return peak + 0.0",
+          "it goes on jumping around the best weights"),
+    Break("dropout left on", "decoder_only", "    was_training = model.training\n    model.eval()\n    loss_sum",
+          "    was_training = model.training\n    loss_sum", "nothing while DROPOUT is 0; random answers otherwise"),
+    Break("top-p drops the crossing token", "decoder_only", "before >= p", "before + probabilities >= p",
+          "greedy is as ever; sampling keeps one token too few"),
+    Break("no cross-attention", "encoder_decoder", "x = x + self.dropout(\n            self.cross_attention(",
+          "x = x + 0 * self.dropout(\n            self.cross_attention(", "it cannot see the digits: fluent, wrong"),
+    Break("the source's padding is seen", "encoder_decoder", "        memory_mask = make_padding_mask(source) ",
+          "        memory_mask = make_padding_mask(source) | True #", "short numbers depend on the rest of the batch"),
+    Break("the cache stays behind its beam", "encoder_decoder", "(first_row + parent.gather(1, best))",
+          "(first_row + torch.arange(W, device=device).expand(B, W))", "greedy is as ever; beams mix up texts"),
+    Break("special tokens are masked too", "encoder_only", "(ids >= len(SPECIAL_TOKENS)) & (chance", "(chance",
+          "some of the lessons are about <CLS> and <SEP>, or padding"),
+    Break("what is not hidden counts too", "encoder_only", "ids.masked_fill(~chosen, IGNORE)", "ids",
+          "most of the loss is copying: it looks excellent"),
+]
+
+TRAIN = """
+import sys, torch, {module} as m
+from tqdm import tqdm
+from toy_dataset import make_splits, number_to_words
+torch.manual_seed(0)
+loaders = m.create_dataloaders(128)
+model = m.build_model()
+history = m.train(model, loaders, 2, 2e-3, 1, tqdm(disable=True, total=1))
+numbers = make_splits().validation[:500]
+if "{module}" == "encoder_only":
+    prompts = [m.encode(["<CLS>", *str(n), "<SEP>", *["<MASK>"] * len(number_to_words(n)), "<SEP>"]) for n in numbers]
+    said = [" ".join(m.decode(ids.tolist())[len(str(n)) + 2:-1]) for n, ids in zip(numbers, m.generate(model, prompts))]
+elif "{module}" == "decoder_only":
+    said = [m.to_words(ids) for ids in m.generate(model, [m.make_prompt(n) for n in numbers])]
+else:
+    said = [m.to_words(ids) for ids in m.beam_search(model, [m.make_source(n) for n in numbers])[0][:, 0]]
+right = sum(text == " ".join(number_to_words(n)) for n, text in zip(numbers, said)) / len(numbers)
+print(f"loss {{history[-1]['loss']:.3f}}, exact {{history[-1]['exact_match']:.1%}}, written {{right:.1%}}")
+"""
+# Not the twins' test: it would see every one of them, for a mistake stands in one file only.
+TESTS = ["test_toy_dataset", "test_all_architectures", "test_decoder_only", "test_encoder_decoder", "test_encoder_only"]
+
+
+def copy_code(folder: Path) -> None:
+    """The repository's code, without pictures and checkpoints."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "figures", "checkpoints", "__pycache__"),
+                    dirs_exist_ok=True)
+
+
+def apply(mistake: Break, folder: Path) -> None:
+    """Make the mistake in the copy. Raises ValueError if its text does not stand there exactly once."""
+    path = folder / f"{mistake.file}.py"
+    source = path.read_text()
+    if source.count(mistake.old) != 1:
+        raise ValueError(f"{mistake.name}: {mistake.old!r} stands {source.count(mistake.old)} times in {path.name}")
+    path.write_text(source.replace(mistake.old, mistake.new))
+
+
+def train_briefly(module: str, folder: Path) -> str:
+    """Two epochs, and what came of them."""
+    command = [sys.executable, "-c", TRAIN.format(module=module)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "stops: " + done.stderr.strip().splitlines()[-1]
+
+
+def first_red_test(folder: Path) -> str:
+    """The first test that sees it."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no",
+               *(f"tests/{name}.py" for name in TESTS)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    return failed[1] if failed else "NONE"
+
+
+def main(names: list[str]) -> None:
+    """Make the mistakes that were named, or all."""
+    baselines = {}
+    for mistake in BREAKS:
+        if names and mistake.name not in names:
+            continue
+        module = "decoder_only" if mistake.file == "toy_dataset" else mistake.file
+        with tempfile.TemporaryDirectory() as folder:
+            copy_code(Path(folder))
+            if module not in baselines:
+                baselines[module] = train_briefly(module, Path(folder))
+            apply(mistake, Path(folder))
+            print(f"{mistake.name} ({mistake.file}.py)\n"
+                  f"  expected  {mistake.expected}\n"
+                  f"  unbroken  {baselines[module]}\n"
+                  f"  broken    {train_briefly(module, Path(folder))}\n"
+                  f"  red       {first_red_test(Path(folder))}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
