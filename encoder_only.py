@@ -273,6 +273,7 @@ class EncoderOnlyTransformer(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         # Pre-norm layers add to the stream without ever normalizing it, so it needs a norm before it is read off.
         self.final_norm = nn.LayerNorm(d_model)
+        # The heads are all that is new in fine-tuning; masked_lm needs none of its own (see forward).
         if task == "tagging":
             self.head = nn.Linear(d_model, MAX_DIGITS)
         if task == "counting":
@@ -605,7 +606,7 @@ def parse_text(text: str) -> list[int]:
 
     Numbers may be written in one piece; what is not a digit, a word, <MASK> or <SEP> is refused, by encode.
     """
-    tokens = []
+    tokens = []  # <CLS> and the last <SEP> come with the form, so nobody has to type them
     for piece in text.split():
         tokens += list(piece) if piece.isdigit() else [piece]
     if "<MASK>" not in tokens:
@@ -779,11 +780,11 @@ def show_mask_predict(model, counter) -> None:
     print("\nMASK-PREDICT: writing, with a model made to fill holes. Share of 500 held-out names\n"
           f"wholly right, by what is hidden and by rounds\n\n  {'':44}"
           + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
-    rng = random.Random(SEED)
+    rng = random.Random(SEED)  # which words are hidden: the same in each run, and for each number of rounds
     for label, share, lengths in [("one word hidden", 0, told), ("half of the words hidden", 0.5, told),
                                   ("all words hidden, their number told", 1, told),
                                   ("all words hidden, their number as it counts", 1, guessed)]:
-        texts = []
+        texts = []  # `digits <SEP>`, and then the name with its holes
         for prompt, name, length in zip(prompts, names, lengths):
             hidden = set(rng.sample(range(length), max(1, round(share * length))))
             words = ["<MASK>" if i in hidden else name[i] for i in range(length)]
