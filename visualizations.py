@@ -880,10 +880,11 @@ def draw_training_curves(comparison: dict) -> Figure:
     reached, ends = [], []
     for cell in cells:
         tested = [point for point in cell["history"] if "exact_match" in point]
-        reached.append(next((f"{point['step']:,}" for point in tested if point["exact_match"] >= 0.99), "-"))
-        ends.append(f"{NAMES[cell['architecture']]}: {cell['work']}, {percent(tested[-1]['exact_match'])}")
-    title = f"Nothing for a while, then all at once: 99% of held-out answers right after {', '.join(reached)} steps"
-    note = f"Each at the work that it was made for, with its held-out accuracy at the end: {'; '.join(ends)}."
+        reached.append(next((f"{point['step']:,}" for point in tested if point["exact_match"] >= 0.99), "not so many"))
+        ends.append(f"{cell['work']} ({percent(tested[-1]['exact_match'])} at the end)")
+    title = f"From nothing to 99% of held-out answers right, in {', '.join(reached[:-1])} and {reached[-1]} steps"
+    note = (f"Each at the work that it was made for: {', '.join(ends)}. The loss of generate cannot reach 0: digits "
+            "out of nothing are anyone's guess.")
     figure = new_figure(title, 7, note)
     above, below = figure.subplots(2, 1, sharex=True)
     for cell, marker in zip(cells, "os^"):
@@ -924,7 +925,7 @@ def draw_comparison_matrix(comparison: dict) -> Figure:
     away = min(cell["sequence_accuracy"] for cell in cells if not cell["natural"])
     title = f"At home (framed) each is at least {percent(at_home)} right; away from home down to {percent(away)}"
     note = ("Large: held-out answers that are wholly right (generate: texts that are valid). Small: the cost of one. "
-            "Each was trained at the same width, with the same data and steps.")
+            "All trained with the same width, layers, data and steps.")
     figure = new_figure(title, 5.6, note)
     axes = figure.subplots()
     works = list(dict.fromkeys(cell["work"] for cell in cells))
@@ -955,10 +956,10 @@ def draw_causal_wall(comparison: dict) -> Figure:
                "encoder_decoder": ("encoder-\ndecoder", ENCODER_DECODER)}
     names, colours = zip(*readers.values())
     shares = [wall[reader] for reader in readers]
-    title = (f"The wall is at {wall['ceiling']:.1%}: answering while it reads from left to right, a decoder gets "
-             f"{wall['causal']:.1%}, afterwards {wall['after_reading']:.1%}")
-    note = ("What is each digit worth (ones, tens, ...)? The wall (dashed) is the best of any left-to-right reader, "
-            "computed for the held-out numbers on which the models were tested.")
+    title = (f"The wall is at {percent(wall['ceiling'])}: answering while it reads from left to right, a decoder gets "
+             f"{percent(wall['causal'])}, afterwards {percent(wall['after_reading'])}")
+    note = ("What each digit is worth (ones, tens, ...). Dashed: the best of any left-to-right reader on these "
+            "held-out numbers, but for luck of some tenths of a percent.")
     figure = new_figure(title, 5, note)
     axes = figure.subplots()
     bars = axes.bar(names, shares, width=0.6, color=colours)

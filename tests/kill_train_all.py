@@ -58,7 +58,11 @@ def start(folder: Path, *command: str) -> subprocess.Popen:
 def run(folder: Path, *command: str) -> tuple[str, str]:
     """Run train_all.py in a folder to its end. Returns what it printed, and what it printed to stderr."""
     process = start(folder, *command)
-    printed, errors = process.communicate()
+    try:
+        printed, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:  # processes that wait for each other, for ever
+        process.terminate()
+        raise
     assert process.returncode == 0, errors
     return printed, errors
 

@@ -327,6 +327,7 @@ def test_the_best_weights_are_kept_and_go_where_the_architecture_file_looks(monk
 def test_it_stops_early_once_nothing_gets_better(monkeypatch, capsys):
     monkeypatch.setattr(train_all, "EARLY_STOPPING_PATIENCE", 2)
     monkeypatch.setattr(decoder_only, "evaluate", lambda model, loader: {"exact_match": 0.5, "loss": 1.0})
+    train_and_stop(DECODER, monkeypatch, step=9)
     assert train_all.train_one(DECODER)["step"] == 12  # evaluations at 4, the best, 8 and 12
     assert "stopped early" in capsys.readouterr().out
     assert train_all.train_one(DECODER)["step"] == 12  # and it remains so
@@ -418,6 +419,23 @@ def test_a_file_that_is_no_checkpoint_of_this_run_gets_one_sentence_and_is_left_
         train_all.train_one(DECODER)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before
+
+
+def test_a_write_that_breaks_off_leaves_the_checkpoint_before_it(monkeypatch):
+    train_and_stop(DECODER, monkeypatch, step=5)
+    path = train_all.path_of(DECODER, "last.pt")
+    before = path.read_bytes()
+
+    def save_half(whole, path):
+        path.write_bytes(before[:1000])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_half)
+        with pytest.raises(OSError):
+            train_all.train_one(DECODER)
+    assert path.read_bytes() == before
+    assert train_all.train_one(DECODER)["finished"]
 
 
 @pytest.mark.parametrize("change, named", [
