@@ -5,7 +5,7 @@ shows what grows around it once a run takes hours and several GPUs, each techniq
 
     the same result, however many processes share the work        plan_batches, seed_for
     batches larger than the memory: gradient accumulation         accumulate_gradients
-    clipping, and a stop when the loss is no number any more      update
+    clipping, and a stop when training diverges                   update
     half the bytes per number: bf16 mixed precision               mixed_precision
     computing twice instead of remembering: checkpointing         checkpoint_layers, show_memory
     compiled kernels; several GPUs, several machines              wrap, start_processes, sum_over_ranks
@@ -61,7 +61,7 @@ import decoder_only
 import encoder_decoder
 import encoder_only
 import toy_dataset
-from toy_dataset import MAX_DIGITS, PAD_ID, InputError, NumberDataset, pad_batch, run_script
+from toy_dataset import MAX_DIGITS, PAD_ID, VOCABULARY, InputError, NumberDataset, pad_batch, run_script
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -256,10 +256,11 @@ def update(job, model, optimizer, loss_sum: float, num_targets: float, step: int
     loss = loss_sum / num_targets
     # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), job.module.GRAD_CLIP).item()
-    # One step along a gradient of NaN makes every weight NaN, for good. So look first.
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+    # One step along a gradient of NaN makes every weight NaN, for good. So look first. NaN compares as False; and a loss
+    # of ten times blind guessing is as lost, though norms and clipping may keep it finite for ever.
+    if not (loss < 10 * math.log(len(VOCABULARY)) and math.isfinite(grad_norm)):
         raise FloatingPointError(
-            f"{job.name}: the loss stopped being a finite number at step {step + 1}. Lower LEARNING_RATE = "
+            f"{job.name}: training diverged, the loss is {loss:.4g} at step {step + 1}. Lower LEARNING_RATE = "
             f"{job.learning_rate} or raise WARMUP_STEPS = {job.module.WARMUP_STEPS} in {job.module.__name__}.py. "
             "The last checkpoint saved is untouched.")
     optimizer.step()

@@ -81,9 +81,9 @@ import sys, torch, {module} as m
 from tqdm import tqdm
 from toy_dataset import make_splits, number_to_words
 torch.manual_seed(0)
-loaders = m.create_dataloaders(128)
+loaders = m.create_dataloaders(m.BATCH_SIZE)
 model = m.build_model()
-history = m.train(model, loaders, 2, 2e-3, 1, tqdm(disable=True, total=1))
+history = m.train(model, loaders, 2, m.LEARNING_RATE, 1, tqdm(disable=True, total=1))
 numbers = make_splits().validation[:500]
 if "{module}" == "encoder_only":
     prompts = [m.encode(["<CLS>", *str(n), "<SEP>", *["<MASK>"] * len(number_to_words(n)), "<SEP>"]) for n in numbers]

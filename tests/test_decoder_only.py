@@ -37,6 +37,15 @@ def test_the_gradient_of_an_output_by_a_later_input_is_exactly_zero():
     assert (gradient[0, 4:] == 0).all() and (gradient[0, :4] != 0).any(dim=-1).all()
 
 
+def test_without_positions_one_layer_cannot_tell_the_order_of_what_came_before_and_with_them_it_can():
+    """One layer: a second could tell by what the causal mask let each position of the first see."""
+    model, ids = tiny(gpt, num_layers=1), text_of(90210)
+    shuffled = ids[:, [3, 1, 4, 2, 0, *range(5, ids.size(1))]]
+    assert not torch.allclose(model(shuffled)[:, -1], model(ids)[:, -1], atol=1e-3)
+    model.positional_encoding.table.zero_()
+    torch.testing.assert_close(model(shuffled)[:, -1], model(ids)[:, -1], atol=1e-5, rtol=1e-5)
+
+
 def test_the_rows_of_a_causal_mask_are_the_last_positions():
     assert gpt.make_causal_mask(1, 4).tolist() == [[True] * 4]
     assert gpt.make_causal_mask(2, 3).tolist() == [[True, True, False], [True, True, True]]

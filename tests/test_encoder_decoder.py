@@ -40,6 +40,28 @@ def test_every_output_sees_the_whole_source_and_no_later_target():
         assert model(source, changed)[0, :t].equal(before[0, :t])
 
 
+def test_without_positions_the_order_of_the_source_is_lost_and_with_them_it_counts():
+    model, target = tiny(t5), torch.tensor([[SOS_ID, 30, 31, 32]])
+    source = torch.tensor([t5.make_source(90210)])
+    shuffled = source[:, [3, 1, 5, 2, 0, 4]]
+    assert not torch.allclose(model(shuffled, target), model(source, target), atol=1e-3)
+    model.positional_encoding.table.zero_()
+    torch.testing.assert_close(model(shuffled, target), model(source, target), atol=1e-5, rtol=1e-5)
+
+
+def test_one_layer_knows_the_order_of_what_it_wrote_by_positions_alone():
+    model, source = tiny(t5, num_layers=1), torch.tensor([t5.make_source(90210)])
+    memory = model.encode(source)
+    one, other = torch.tensor([[SOS_ID, 30, 31, 32]]), torch.tensor([[SOS_ID, 31, 30, 32]])
+
+    def last(target):
+        return model.decode(target, memory, source)[:, -1]
+
+    assert not torch.allclose(last(one), last(other), atol=1e-3)
+    model.positional_encoding.table.zero_()
+    torch.testing.assert_close(last(one), last(other), atol=1e-5, rtol=1e-5)
+
+
 def test_what_stands_in_the_sources_padding_changes_nothing():
     model, target = tiny(t5), torch.tensor([[SOS_ID, 30, 31]])
     source = torch.tensor([t5.make_source(342)])

@@ -395,8 +395,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint_i
 
 
 def test_a_learning_rate_of_10_is_stopped_with_a_sentence():
-    with pytest.raises(FloatingPointError, match="LEARNING_RATE = 1e"):
-        train_all.train_one(DECODER._replace(learning_rate=1e30))
+    """Norms and clipping keep it finite: it is stopped because its loss is ten times that of blind guessing."""
+    with pytest.raises(FloatingPointError, match="diverged, the loss is [0-9.e+]+ at step .* LEARNING_RATE = 10"):
+        train_all.train_one(DECODER._replace(learning_rate=10))
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "a tensor", "an architecture file's", "another job's"])
@@ -542,14 +543,15 @@ def test_the_architecture_file_answers_with_the_weights_that_were_trained(undist
 
 
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed, tmp_path):
-    """Three kills; tests/kill_train_all.py does twenty."""
+    """Up to three kills (a run on a fast machine may finish before the third); tests/kill_train_all.py does twenty."""
     expected = kill_train_all.files_of(undisturbed[0])
     folder = kill_train_all.small_copy(tmp_path / "killed")
     rng = random.Random()
-    for _ in range(3):
-        assert kill_train_all.run_and_kill(folder, rng)
-        files = kill_train_all.files_of(folder)  # every file is whole
-    assert len(files) < len(expected)
+    assert kill_train_all.run_and_kill(folder, rng)
+    kill_train_all.files_of(folder)  # reading them shows that every file is whole
+    for _ in range(2):
+        kill_train_all.run_and_kill(folder, rng)
+        kill_train_all.files_of(folder)
     kill_train_all.run(folder)
     assert kill_train_all.differences(kill_train_all.files_of(folder), expected) == []
 
