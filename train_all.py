@@ -461,7 +461,9 @@ def load_state(job, model) -> dict | None:
     try:
         saved = dict(torch.load(path, map_location="cpu", weights_only=True))  # a pickle may hold code; not this one
         name, constants, _ = saved["job"], saved["constants"], saved["optimizer"]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, ValueError):
+    except PermissionError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError):
         raise InputError(f"{path} is damaged, or not a checkpoint of train_all.py. Put a good copy there. "
                          f"{remedy}") from None
     if name != job.name:

@@ -280,6 +280,17 @@ def test_the_history_tells_step_loss_rate_norm_and_what_evaluation_found(module)
     assert {"loss", "learning_rate", "grad_norm", "validation_loss", "exact_match"} <= set(history[-1])
 
 
+def test_each_step_follows_the_gradient_of_its_own_batch_alone(module):
+    """With a learning rate too small to move anything, equal batches have equal gradients; left over, they add up."""
+    options = {"task": "tagging"} if module is encoder_only else {}  # no masks drawn anew in each step
+    model, loaders = tiny(module, **options), module.create_dataloaders(16, 0, **options)
+    batch = next(iter(loaders.validation))
+    history = module.train(model, loaders._replace(train=[batch] * 4, validation=[batch]), 1, 1e-12, 1,
+                           tqdm(disable=True, total=1))
+    norms = [row["grad_norm"] for row in history]
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
+
+
 def test_gradients_are_clipped_before_the_step(module, monkeypatch):
     monkeypatch.setattr(module, "GRAD_CLIP", 1e-3)
     norms, original = [], torch.optim.AdamW.step
