@@ -21,7 +21,7 @@ def defined_names() -> set[str]:
             if isinstance(node, ast.ClassDef):
                 names |= {f"{node.name}.{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)}
             if isinstance(node, ast.Assign):
-                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+                names |= {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
             if isinstance(node, ast.keyword):
                 names.add(node.arg)
     return names
