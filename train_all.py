@@ -256,8 +256,8 @@ def update(job, model, optimizer, loss_sum: float, num_targets: float, step: int
     loss = loss_sum / num_targets
     # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), job.module.GRAD_CLIP).item()
-    # One step along a gradient of NaN makes every weight NaN, for good. So look first. NaN compares as False; and a loss
-    # of ten times blind guessing is as lost, though norms and clipping may keep it finite for ever.
+    # One step along a gradient of NaN makes every weight NaN, for good. So look first (NaN compares as False). And a
+    # loss of ten times blind guessing is as lost, though norms and clipping may keep it finite for ever.
     if not (loss < 10 * math.log(len(VOCABULARY)) and math.isfinite(grad_norm)):
         raise FloatingPointError(
             f"{job.name}: training diverged, the loss is {loss:.4g} at step {step + 1}. Lower LEARNING_RATE = "
