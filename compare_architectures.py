@@ -69,7 +69,6 @@ NUM_TIMED = 50         # answers whose time is taken, one by one. Try 10
 EARLY_EPOCHS = 1       # training of the "unfinished" model that beam search is tried on. Try 2
 BEAM_WIDTH = 5         # of the comparison with greedy. Try 2, 10
 CACHE_LENGTHS = [32, 64, 128, 256, 512]  # tokens that are there already when a new one is asked for. Try adding 1000
-TOLERANCE = 0.005      # shares that differ by less are called equal in the decision guide. Try 0.02
 
 COMPARISON = Path(__file__).parent / "figures" / "comparison.json"
 
@@ -760,6 +759,16 @@ def show_parameters(parameters: dict) -> None:
         print(f"  P{i}  {NAMES[architecture]:15}" + "".join(cells) + f"{sum(counts.values()):>10,}")
 
 
+def differ(share: float, other: float, num_answers: int) -> bool:
+    """Are two shares of right answers, each of so many, further apart than luck alone would put them?
+
+    Luck: two standard errors of their difference. One right and one wrong answer are added to each (Laplace), for
+    all of 500 answers right does not mean that the next one cannot be wrong.
+    """
+    share, other = ((p * num_answers + 1) / (num_answers + 2) for p in (share, other))
+    return abs(share - other) > 2 * math.sqrt((share * (1 - share) + other * (1 - other)) / num_answers)
+
+
 def guide_by_work(cells: list[dict]) -> list[str]:
     """For each kind of work: the fastest of the architectures that do it best, and what the others do."""
     wanted = {"understand": "A label for each part of a text that is all there",
@@ -768,9 +777,10 @@ def guide_by_work(cells: list[dict]) -> list[str]:
     for work, want in wanted.items():
         rows = sorted((cell for cell in cells if cell["work"] == work), key=lambda cell: cell["ms_per_answer"])
         best = max(cell["sequence_accuracy"] for cell in rows)
+        num_answers = len(SEEDS) * (NUM_SAMPLES if work == "generate" else NUM_TESTED)
         groups = {"": [], "As right, and slower: ": [], "Less often right: ": []}
         for cell in rows:
-            if cell["sequence_accuracy"] < best - TOLERANCE:
+            if differ(cell["sequence_accuracy"], best, num_answers):
                 group = "Less often right: "
             else:
                 group = "As right, and slower: " if groups[""] else ""
@@ -787,7 +797,7 @@ def guide_by_strategy(strategies: list[dict]) -> list[str]:
     named, harmful = (choose(others, key=lambda row: row["named"]) for choose in (max, min))
     newest = max(strategies, key=lambda row: row["new"])
     oldest = min((row for row in others if "penalty" not in row["strategy"]), key=lambda row: row["new"])
-    enough = named["named"] <= greedy["named"] + TOLERANCE
+    enough = named["named"] <= greedy["named"] or not differ(named["named"], greedy["named"], NUM_SAMPLES)
     return [
         f"One answer is right: greedy is {'as good as any' if enough else 'not the best'} ({greedy['row']}: "
         f"{greedy['named']:.1%} named). The best of the others is {named['strategy']} ({named['row']}: "
@@ -803,8 +813,9 @@ def guide_by_beam(beam: list[dict]) -> list[str]:
     """What beam search buys, for a model that has learned and for one that has not."""
     lines = []
     for greedy, searched in (beam[:2], beam[2:]):
-        gain = searched["exact"] - greedy["exact"]
-        verdict = "more" if gain > 0.005 else "fewer" if gain < -0.005 else "no more"
+        verdict = "no more"
+        if differ(searched["exact"], greedy["exact"], NUM_SAMPLES):
+            verdict = "more" if searched["exact"] > greedy["exact"] else "fewer"
         lines.append(
             f"Beam search with the {greedy['model']} model: a likelier text for {searched['likelier']:.1%} of the "
             f"numbers, and {verdict} right ({greedy['row']}: {greedy['exact']:.1%}, {searched['row']}: "
@@ -918,7 +929,10 @@ def main() -> None:
     show_beam(found["beam"])
     show_cache(found["kv_cache"])
     show_parameters(found["parameters"])
-    print("\nDECISION GUIDE: each line names the rows above that show it\n")
+    print()
+    say("DECISION GUIDE: each line names the rows above that show it. Shares of right answers that luck could have put "
+        "as far apart count as equal; of equals, the fastest comes first.")
+    print()
     for line in decision_guide(found):
         say(line, "  - ")
     save(found)

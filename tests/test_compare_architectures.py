@@ -401,6 +401,24 @@ def test_the_guide_says_what_was_measured_and_names_rows():
     assert "25% after 2 (K2)" in lines[8] and "1.5 times" in lines[9]
 
 
+def test_shares_differ_only_when_luck_does_not_explain_it():
+    assert not compare.differ(1.0, 0.992, 500)   # four mistakes, and none
+    assert compare.differ(1.0, 0.992, 3000)      # twenty-four, and none
+    assert compare.differ(0.74, 0.81, 500) and compare.differ(0.81, 0.74, 500)
+    assert not compare.differ(1.0, 1.0, 10) and not compare.differ(0.0, 0.0, 10)
+    # Two coins that fall alike are called different in about one of twenty trials.
+    shares = torch.distributions.Binomial(500, 0.7).sample((1000, 2)).div(500).tolist()
+    assert 0.02 < sum(compare.differ(*pair, 500) for pair in shares) / 1000 < 0.08
+
+
+def test_the_guide_calls_equal_what_luck_explains_and_names_the_fastest_first():
+    found = example_of_findings()
+    found["cells"][6]["sequence_accuracy"] = 0.998   # of 500 texts
+    assert "out of nothing: encoder-only (T7: 99.80% right, 7.0 ms). As right" in compare.decision_guide(found)[2]
+    found["cells"][6]["sequence_accuracy"] = 0.9
+    assert "Less often right: encoder-only (T7: 90.00%" in compare.decision_guide(found)[2]
+
+
 def test_the_guide_turns_with_the_numbers():
     found = example_of_findings()
     found["cells"][0]["sequence_accuracy"] = 0.4       # the encoder fails, the decoder is next in speed
