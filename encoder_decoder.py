@@ -105,7 +105,8 @@ class PositionalEncoding(nn.Module):
 
     Attention by itself is blind to order: it sees a bag of tokens, in which 12 and 21 are the same. Each pair
     (2i, 2i+1) is a clock hand, the first turning once in 6 positions, the last once in tens of thousands. Moving k
-    positions on turns every hand by a fixed angle, so "k to the left" looks alike everywhere: easy for attention.
+    positions on turns each hand by an angle that depends on k alone, wherever one starts: so "k to the left" looks
+    alike everywhere, and attention can learn it once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -125,8 +126,9 @@ class PositionalEncoding(nn.Module):
 def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
     """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V      (Vaswani et al. 2017, equation 1)
 
-    Every position asks a question (its query) of all positions. How well a position's key fits the question is their
-    dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these shares.
+    Every position asks a question, its query. Every position also offers a key, by which it can be found, and a value,
+    which it hands over; all three are learned projections of the position's vector. How well a key fits a query is
+    their dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these.
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
     True = may attend. Returns (output (..., T, d_k), weights (..., T, S)).
@@ -156,8 +158,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms is about sqrt(d_k) large; without the division
-    # softmax would saturate, nearly all weight on one position, and a saturated softmax passes hardly any gradient.
+    # scores = Q K^T / sqrt(d_k). A dot product of d_k terms of random sign and size 1 is about sqrt(d_k) large;
+    # undivided, it would saturate softmax: nearly all weight on one position, and hardly any gradient passes.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which does not fit into float16;
@@ -195,8 +197,8 @@ class MultiHeadAttention(nn.Module):
 
         MultiHead(x) = Concat(head_1, ..., head_H) W_O,   head_i = Attention(x W_Q_i, x W_K_i, x W_V_i)
 
-    One softmax can concentrate on one thing. Several heads can look at several at once: the digit to name, the word
-    just written, how much is left. All heads together cost what one full-width attention would.
+    One softmax can concentrate on one thing. Several heads can look at several at once: the digit that is to be named,
+    the word beside it, the end of the digits. All heads together cost what one full-width attention would.
     """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
@@ -239,7 +241,7 @@ class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
     Attention moves information between positions; this is where each position works on what it has gathered. It holds
-    two thirds of a layer's parameters.
+    two thirds of a layer's parameters, if D_FF = 4 * D_MODEL.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -256,7 +258,8 @@ class EncoderLayer(nn.Module):
 
     The sums are the residual stream: a straight road from the embedding to the output, on which gradients travel back
     undamped. Normalizing inside the branch ("pre-norm", GPT-2) leaves that road clear; the 2017 paper normalized after
-    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020).
+    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020). The norm is LayerNorm (Ba et
+    al. 2016): each position's vector is brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
@@ -380,8 +383,8 @@ class EncoderDecoderTransformer(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Random weights that let signals through at their own size: Xavier (Glorot & Bengio 2010), biases of zero.
 
-    Embeddings start at half of what would, after the factor sqrt(C), be size 1. They are also the output layer, where
-    larger ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
+    Embeddings start so small that the factor sqrt(C) makes them 0.5 large. They are also the output layer, where larger
+    ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -484,7 +487,7 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) forgets old gradient sizes sooner than the usual 0.999, which
-    # averages over a thousand steps: more than there are here.
+    # averages over a thousand steps: too slow for so short a training.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 

@@ -6,7 +6,9 @@ vector for each token, which describes it in the light of the whole sequence. It
 1. Pretraining, without labels. Hide 15% of the tokens and let the model find them again. To see that
    `9 0 2 1 0 <SEP> ninety <MASK> two hundred ten` lacks `thousand` it has to learn how digits and words explain each
    other, and nobody had to tell it: the text itself is the teacher.
-2. Fine-tuning, with labels, for the job at hand. A small new layer (the "head") on top, and a short training:
+2. Fine-tuning, with labels, for the job at hand. A small new layer on top (a "head", no kin of the attention heads
+   below) turns vectors into logits, one raw score for each possible answer; softmax makes probabilities of them. Then
+   a short training:
    tagging         every token gets a label           3 4 2 -> hundreds, tens, ones   (as NER tags names in a text)
    classification  the whole sequence gets one label  3 4 2 -> its name has 4 words   (as a review is good or bad)
 
@@ -117,7 +119,8 @@ class PositionalEncoding(nn.Module):
 
     Attention by itself is blind to order: it sees a bag of tokens, in which 12 and 21 are the same. Each pair
     (2i, 2i+1) is a clock hand, the first turning once in 6 positions, the last once in tens of thousands. Moving k
-    positions on turns every hand by a fixed angle, so "k to the left" looks alike everywhere: easy for attention.
+    positions on turns each hand by an angle that depends on k alone, wherever one starts: so "k to the left" looks
+    alike everywhere, and attention can learn it once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -137,8 +140,9 @@ class PositionalEncoding(nn.Module):
 def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
     """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V      (Vaswani et al. 2017, equation 1)
 
-    Every position asks a question (its query) of all positions. How well a position's key fits the question is their
-    dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these shares.
+    Every position asks a question, its query. Every position also offers a key, by which it can be found, and a value,
+    which it hands over; all three are learned projections of the position's vector. How well a key fits a query is
+    their dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these.
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
     True = may attend. Returns (output (..., T, d_k), weights (..., T, S)).
@@ -168,8 +172,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms is about sqrt(d_k) large; without the division
-    # softmax would saturate, nearly all weight on one position, and a saturated softmax passes hardly any gradient.
+    # scores = Q K^T / sqrt(d_k). A dot product of d_k terms of random sign and size 1 is about sqrt(d_k) large;
+    # undivided, it would saturate softmax: nearly all weight on one position, and hardly any gradient passes.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which does not fit into float16;
@@ -185,8 +189,8 @@ class MultiHeadAttention(nn.Module):
 
         MultiHead(x) = Concat(head_1, ..., head_H) W_O,   head_i = Attention(x W_Q_i, x W_K_i, x W_V_i)
 
-    One softmax can concentrate on one thing. Several heads can look at several at once: the digit to name, the word
-    just written, how much is left. All heads together cost what one full-width attention would.
+    One softmax can concentrate on one thing. Several heads can look at several at once: the digit that is to be named,
+    the word beside it, the end of the digits. All heads together cost what one full-width attention would.
     """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
@@ -219,7 +223,7 @@ class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
     Attention moves information between positions; this is where each position works on what it has gathered. It holds
-    two thirds of a layer's parameters.
+    two thirds of a layer's parameters, if D_FF = 4 * D_MODEL.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -236,7 +240,8 @@ class EncoderLayer(nn.Module):
 
     The sums are the residual stream: a straight road from the embedding to the output, on which gradients travel back
     undamped. Normalizing inside the branch ("pre-norm", GPT-2) leaves that road clear; the 2017 paper normalized after
-    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020).
+    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020). The norm is LayerNorm (Ba et
+    al. 2016): each position's vector is brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
@@ -313,8 +318,8 @@ class EncoderOnlyTransformer(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """Random weights that let signals through at their own size: Xavier (Glorot & Bengio 2010), biases of zero.
 
-    Embeddings start at half of what would, after the factor sqrt(C), be size 1. They are also the output layer, where
-    larger ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
+    Embeddings start so small that the factor sqrt(C) makes them 0.5 large. They are also the output layer, where larger
+    ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -459,7 +464,7 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) forgets old gradient sizes sooner than the usual 0.999, which
-    # averages over a thousand steps: more than there are here.
+    # averages over a thousand steps: too slow for so short a training.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
@@ -559,7 +564,7 @@ def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
     """
     model = build_model(task=task) if pretrained is None else build_fine_tuned(pretrained, task)
     # All weights go on learning, not the head's alone (BERT does the same). Counted in steps, not in epochs: few labels
-    # are trained on for as long as many, so that nothing differs but their number.
+    # are trained on for as long as many (to a part of an epoch), so that hardly anything differs but their number.
     num_epochs = math.ceil(FINE_TUNING_STEPS / len(loaders.train))
     return model, train(model, loaders, num_epochs, FINE_TUNING_LEARNING_RATE, num_evaluations, progress)
 
@@ -577,6 +582,7 @@ def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Te
     the others again, and predict these anew, now with the kept ones in view. After round i of N at most
     n * (N - i) / N of the n masks are left, so N rounds fill in all. One round is plain filling in: each mask on its
     own, none knowing what the others say, which is why two neighbours may agree with the text but not with each other.
+    Simplified here: what was kept once stays; in the paper a later round may hide it again.
     """
     if iterations < 1:
         raise InputError(f"ITERATIONS = {iterations} must be at least 1: 4 works.")
@@ -754,7 +760,8 @@ def checkpoint_of(task: str) -> Path:
 def show_pretraining_gain(pretrained) -> None:
     """What pretraining bought, by number of labelled examples. The same head, steps and numbers for both starts."""
     print("\nWHAT PRETRAINING BOUGHT: share of held-out numbers wholly right, by number of labelled examples\n"
-          f"({FINE_TUNING_STEPS} steps of fine-tuning each)\n\n  {'':26}" + "".join(f"{n:>9,}" for n in NUM_LABELS))
+          f"(fine-tuned for about {FINE_TUNING_STEPS} steps each)\n\n  {'':26}"
+          + "".join(f"{n:>9,}" for n in NUM_LABELS))
     bar = tqdm(desc="fine-tuning", ascii=True, ncols=95, mininterval=0.5)
     for task in ("tagging", "counting"):
         for name, start in (("from scratch", None), ("pretrained", pretrained)):
@@ -836,7 +843,7 @@ def parse_question(text: str) -> int | str:
 
 
 def main(*questions: int | str) -> None:
-    """Without questions: train, test, show. With questions: answer them, with the saved models if there are any."""
+    """Without questions: train, test, show. With questions: answer them, with the saved ones if all are there."""
     if questions and all(checkpoint_of(task).exists() for task in TASKS):
         models = {task: load(checkpoint_of(task), build_model(task=task)) for task in TASKS}
     else:

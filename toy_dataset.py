@@ -11,11 +11,11 @@ real language hard:
 
     variable length      7 is one digit and one word, 777777 is six digits and nine words
     word order           "two thousand ten" is 2 0 1 0: the zeros are heard only in what is not said
-    left context         "two" is 2, or 200, or 2000: that depends on where in the name it stands
+    left context         "two" after a "thousand" is 2, or 200, but not 2000: the thousands have been named
     right context        "six hundred ..." is 600, or 600000 if a "thousand" follows further on
 
-The models train on 10,000 numbers, 1% of the language, and are tested on the rest. Whoever gets those right has
-not memorized names, but learned how names are made.
+The models train on 10,000 numbers, 1% of the language, and are tested on numbers of the rest. Whoever gets those right
+has not memorized names, but learned how names are made.
 
 Three kinds of work can be done in this language, and each is what one family of transformers was made for:
 
