@@ -1,5 +1,6 @@
 """What several test files need: the repository on the path, small models, and one of each that has learned a little."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ import encoder_only  # noqa: E402
 
 TINY = dict(d_model=32, num_layers=2, num_heads=4, d_ff=64, dropout=0.0, max_length=40)
 MODULES = [encoder_only, decoder_only, encoder_decoder]
+
+# What a shell starts in the background ignores Ctrl-C, and so would all scripts that these tests start from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny(module, seed=0, **changes):

@@ -407,6 +407,7 @@ def test_shares_differ_only_when_luck_does_not_explain_it():
     assert compare.differ(0.74, 0.81, 500) and compare.differ(0.81, 0.74, 500)
     assert not compare.differ(1.0, 1.0, 10) and not compare.differ(0.0, 0.0, 10)
     # Two coins that fall alike are called different in about one of twenty trials.
+    torch.manual_seed(0)
     shares = torch.distributions.Binomial(500, 0.7).sample((1000, 2)).div(500).tolist()
     assert 0.02 < sum(compare.differ(*pair, 500) for pair in shares) / 1000 < 0.08
 
