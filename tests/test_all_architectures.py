@@ -210,6 +210,13 @@ def test_padding_and_ignored_targets_carry_no_loss(module):
     assert loss_sum == 0 and num_targets == 0
 
 
+def test_a_step_of_which_nothing_is_asked_leaves_the_weights_finite(module):
+    batch, model = first_batch(module), tiny(module)
+    batch["targets"] = torch.full_like(batch["ids" if "ids" in batch else "targets"], IGNORE)
+    history = module.train(model, toy_dataset.Splits([batch], [batch], []), 1, 1e-3, 1, tqdm(disable=True, total=1))
+    assert history[0]["loss"] == 0 and all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("module", [decoder_only, encoder_decoder], ids=lambda m: m.__name__)
 def test_losses_of_unequal_micro_batches_add_up_to_that_of_the_whole(module):
     make = toy_dataset.decoder_only_example if module is decoder_only else toy_dataset.encoder_decoder_example
@@ -248,7 +255,7 @@ def test_weight_decay_touches_the_matrices_of_linear_layers_once_and_nothing_els
     assert [group["weight_decay"] for group in module.create_optimizer(model).param_groups] == [module.WEIGHT_DECAY, 0]
 
 
-@pytest.mark.parametrize("num_steps, warmup_steps", [(1000, 100), (1000, 0), (50, 40), (1, 0), (2, 200)])
+@pytest.mark.parametrize("num_steps, warmup_steps", [(1000, 100), (1000, 0), (50, 40), (50, 200), (1, 0), (2, 200)])
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(module, num_steps, warmup_steps):
     rates = [module.learning_rate_at(step, num_steps, 1.0, warmup_steps) for step in range(num_steps)]
     top = rates.index(max(rates))
@@ -371,6 +378,17 @@ def test_damaged_and_foreign_files_are_refused_with_one_sentence(module, tmp_pat
     with pytest.raises(InputError, match=r"model\.pt is damaged, or not a checkpoint") as caught:
         module.load(path, module.build_model(**TINY))
     assert "\n" not in str(caught.value) and path.read_bytes() == before
+
+
+def test_code_in_a_checkpoint_is_not_run(module, tmp_path):
+    class Code:
+        def __reduce__(self):  # what unpickling calls
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save({"architecture": "x", "constants": {}, "weights": Code()}, tmp_path / "model.pt")
+    with pytest.raises(InputError, match="damaged, or not a checkpoint"):
+        module.load(tmp_path / "model.pt", module.build_model(**TINY))
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(module, tmp_path, monkeypatch):

@@ -106,6 +106,11 @@ def test_greedy_top_k_1_and_a_beam_of_width_1_are_the_same(trained_encoder_decod
     for penalty in (0.0, 1.0, 2.0):
         beam = t5.beam_search(trained_encoder_decoder, sources, 1, penalty)[0][:, 0]
         assert [strip(row) for row in beam] == [strip(row) for row in greedy] == [strip(row) for row in top_1]
+    for seed in range(20):  # in untrained ones the end is often near, and must not be taken before it is the likeliest
+        model = tiny(t5, seed)
+        greedy = t5.generate(model, SOURCES, 8, temperature=0.0)
+        beam = t5.beam_search(model, SOURCES, 1, 0.0, 8)[0][:, 0]
+        assert [strip(row) for row in beam] == [strip(row) for row in greedy]
 
 
 def test_after_the_end_there_is_only_padding_and_the_limit_holds():
@@ -149,10 +154,11 @@ def test_a_beam_as_wide_as_all_hypotheses_finds_what_exhaustive_search_finds(len
             total = log_probs[i, 0, first] + log_probs[i, 1, second]
             everything.append((total.item() / 2**length_penalty, (first, second)))
     everything.sort(reverse=True)
-    texts = everything
-    found, scores = t5.beam_search(model, [source], len(texts), length_penalty, max_new_tokens=2)
+    found, scores = t5.beam_search(model, [source], len(everything), length_penalty, max_new_tokens=2)
     assert strip(found[0, 0]) == list(everything[0][1])
-    assert scores[0, 0].item() == pytest.approx(everything[0][0], abs=1e-4)
+    assert scores[0].tolist() == pytest.approx([value for value, _ in everything], abs=1e-4)
+    # Each hypothesis once, and nothing else: no text that goes on after its end, none with padding for a word.
+    assert sorted(tuple(strip(ids)) for ids in found[0]) == sorted(text for _, text in everything)
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import re
 import shutil
@@ -420,6 +421,17 @@ def test_a_file_that_is_no_checkpoint_of_this_run_gets_one_sentence_and_is_left_
         train_all.train_one(DECODER)
     assert "\n" not in str(error.value)
     assert path.read_bytes() == before
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):  # what unpickling calls
+            return os.mkdir, (str(tmp_path / "it ran"),)
+
+    torch.save({"job": DECODER.name, "constants": {}, "optimizer": Code()}, train_all.path_of(DECODER, "last.pt"))
+    with pytest.raises(InputError, match="damaged, or not a checkpoint"):
+        train_all.train_one(DECODER)
+    assert not (tmp_path / "it ran").exists()
 
 
 def test_a_write_that_breaks_off_leaves_the_checkpoint_before_it(monkeypatch):
