@@ -1,6 +1,7 @@
 """What means the same is written the same in the three architecture files; what differs is listed here, with why."""
 
 import ast
+from functools import cache
 
 from conftest import ROOT
 
@@ -45,6 +46,7 @@ def units(name: str) -> dict[str, str]:
     return found
 
 
+@cache
 def shared() -> dict[str, set[str]]:
     """Names that stand in more than one file -> the different sources that they have there."""
     sources = [units(name) for name in FILES]
