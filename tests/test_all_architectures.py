@@ -298,7 +298,7 @@ def test_each_step_follows_the_gradient_of_its_own_batch_alone(module):
     assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
 
 
-def test_gradients_are_clipped_before_the_step(module, monkeypatch):
+def test_gradients_are_clipped_before_the_one_step_that_follows_them(module, monkeypatch):
     monkeypatch.setattr(module, "GRAD_CLIP", 1e-3)
     norms, original = [], torch.optim.AdamW.step
 
@@ -308,6 +308,7 @@ def test_gradients_are_clipped_before_the_step(module, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     history, _ = train_briefly(module)
+    assert len(norms) == len(history)
     assert max(norms) <= 1.001e-3 < min(row["grad_norm"] for row in history)
 
 
