@@ -44,8 +44,8 @@ import encoder_decoder
 import encoder_only
 import toy_dataset
 from toy_dataset import CLS_ID, DIGITS, EOS_ID, IGNORE, MASK_ID, MAX_DIGITS, MAX_WORDS, ONES, PLACES, SEP_ID
-from toy_dataset import SOS_ID, SPECIAL_TOKENS, VOCABULARY, InputError, encode, format_mask, make_padding_mask
-from toy_dataset import number_to_words, pad_batch, run_script
+from toy_dataset import SOS_ID, SPECIAL_TOKENS, VOCABULARY, InputError, format_mask, make_padding_mask
+from toy_dataset import number_to_words, pad_batch, run_script, to_ids
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -75,7 +75,7 @@ COMPARISON = Path(__file__).parent / "figures" / "comparison.json"
 SIZES = {"d_model": D_MODEL, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "d_ff": D_FF}
 NAMES = {"encoder_only": "encoder-only", "decoder_only": "decoder-only", "encoder_decoder": "encoder-decoder"}
 LONGEST = MAX_DIGITS + 1 + MAX_WORDS + 1  # digits, <SEP>, words, <EOS>: no text of the language is longer
-DIGIT_IDS = torch.tensor(encode(DIGITS))
+DIGIT_IDS = torch.tensor(to_ids(DIGITS))
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}  # whatever the architecture files' constants are
 FREELY = {"temperature": 1.0, "top_k": None, "top_p": TOP_P}
 
@@ -103,7 +103,7 @@ def while_reading_example(number: int) -> dict:
 
     <SEP>, "answers from here on", is what decoder_only.evaluate starts to count at.
     """
-    return {"ids": encode(["<SEP>", *str(number)]), "targets": [IGNORE, *encode(place_words(number))]}
+    return {"ids": to_ids(["<SEP>", *str(number)]), "targets": [IGNORE, *to_ids(place_words(number))]}
 
 
 def after_reading_example(number: int) -> dict:
@@ -112,7 +112,7 @@ def after_reading_example(number: int) -> dict:
     ids      <SOS>  3  4  2  <SEP>  two  one  zero
     targets    -    -  -  -   two   one  zero <EOS>
     """
-    prompt, answer = decoder_only.make_prompt(number), encode([*place_words(number), "<EOS>"])
+    prompt, answer = decoder_only.make_prompt(number), to_ids([*place_words(number), "<EOS>"])
     return {"ids": prompt + answer[:-1], "targets": [IGNORE] * (len(prompt) - 1) + answer}
 
 
@@ -123,7 +123,7 @@ def translated_places_example(number: int) -> dict:
     target   <SOS> two one  zero
     targets   two  one zero <EOS>
     """
-    words = encode(place_words(number))
+    words = to_ids(place_words(number))
     return {"source": encoder_decoder.make_source(number), "target": [SOS_ID, *words], "targets": [*words, EOS_ID]}
 
 
@@ -134,7 +134,7 @@ def one_pass_example(number: int) -> dict:
     ids      <CLS> 3 4 2 <SEP> <MASK> <MASK>  <MASK> <MASK> <MASK> <MASK> ...
     targets    -   - - -   -   three  hundred forty   two   <SEP>    -    ...
     """
-    prompt, words = encode(["<CLS>", *str(number), "<SEP>"]), encode([*number_to_words(number), "<SEP>"])
+    prompt, words = to_ids(["<CLS>", *str(number), "<SEP>"]), to_ids([*number_to_words(number), "<SEP>"])
     return {"ids": prompt + [MASK_ID] * (MAX_WORDS + 1),
             "targets": [IGNORE] * len(prompt) + words + [IGNORE] * (MAX_WORDS + 1 - len(words))}
 
@@ -146,7 +146,7 @@ def empty_source_example(number: int) -> dict:
     target   <SOS> 3 4   2   <SEP>  three  hundred forty  two
     targets    3   4 2 <SEP> three hundred  forty   two  <EOS>
     """
-    text = encode([*str(number), "<SEP>", *number_to_words(number)])
+    text = to_ids([*str(number), "<SEP>", *number_to_words(number)])
     return {"source": [EOS_ID], "target": [SOS_ID, *text], "targets": [*text, EOS_ID]}
 
 
@@ -206,7 +206,7 @@ def fill_all(model, numbers) -> list[str]:
             logits[:, : len(SPECIAL_TOKENS)] = -math.inf
             new = decoder_only.choose_tokens(logits, **FREELY, generator=None)          # (B)
             ids[:, column] = torch.where(masked, new, ids[:, column])
-    return [" ".join(toy_dataset.decode(row)[1:-1]) for row in ids.tolist()]
+    return [" ".join(toy_dataset.to_tokens(row)[1:-1]) for row in ids.tolist()]
 
 
 class Cell(NamedTuple):
@@ -268,7 +268,7 @@ def check_constants() -> None:
     if max(NUM_TESTED, NUM_SAMPLES, NUM_TIMED) > num_test:
         raise InputError(f"NUM_TESTED = {NUM_TESTED}, NUM_SAMPLES = {NUM_SAMPLES} and NUM_TIMED = {NUM_TIMED} must be "
                          f"at most {num_test}, the size of the test split.")
-    for name in ("DROPOUT", "MAX_LENGTH", "WARMUP_STEPS", "FINAL_LEARNING_RATE", "WEIGHT_DECAY", "GRAD_CLIP"):
+    for name in ("DROPOUT", "MAX_LENGTH", "WARMUP_STEPS", "FINAL_LEARNING_RATE_RATIO", "WEIGHT_DECAY", "GRAD_CLIP"):
         values = [getattr(module, name) for module in (encoder_only, decoder_only, encoder_decoder)]
         if len(set(values)) > 1:
             raise InputError(f"{name} is {', '.join(map(str, values))} in encoder_only.py, decoder_only.py and "
@@ -505,7 +505,7 @@ def log_probabilities(model, numbers: list[int], texts: list[str]) -> list[float
     """log p(text | number) by an encoder-decoder: the sum over the text's tokens and <EOS>, in nats."""
     examples = []
     for number, text in zip(numbers, texts):
-        ids = encode([*text.split(), "<EOS>"])[:LONGEST]  # a text of that length was cut off, without an <EOS>
+        ids = to_ids([*text.split(), "<EOS>"])[:LONGEST]  # a text of that length was cut off, without an <EOS>
         examples.append({"source": encoder_decoder.make_source(number), "target": [SOS_ID, *ids[:-1]], "targets": ids})
     logits, targets = encoder_decoder.predict(model, pad_batch(examples))
     losses = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")  # (B, T)

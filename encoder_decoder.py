@@ -57,7 +57,7 @@ from tqdm import tqdm
 
 import toy_dataset
 from toy_dataset import EOS_ID, IGNORE, PAD_ID, SOS_ID, VOCABULARY, InputError
-from toy_dataset import align, decode, encode, make_padding_mask, number_to_words, parse_number, run_script
+from toy_dataset import align, make_padding_mask, number_to_words, parse_number, run_script, to_ids, to_tokens
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -75,7 +75,7 @@ MAX_LENGTH = 64       # longest source, and longest target. Try 8 (too short: se
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 8        # passes over the training numbers. Try 1, 3, 20
 LEARNING_RATE = 1e-3  # the peak. Try 1e-4 (slow), 2e-2 (unstable), 10 (stopped with a sentence)
-FINAL_LEARNING_RATE = 0.01  # share of the peak at which the cosine ends. Try 1.0: no decay; is the end as good?
+FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
 WARMUP_STEPS = 200    # steps from near zero to the peak. Try 0 (a rough start), 500
 WEIGHT_DECAY = 0.1    # pull of the weight matrices towards zero. Try 0, 1.0
 GRAD_CLIP = 1.0       # longest gradient allowed; longer ones are shortened to it. Try 0.1, 100
@@ -89,6 +89,8 @@ TOP_P = None          # sample among the fewest that together have this probabil
 BEAM_WIDTH = 5        # texts kept in play by beam search. Try 1 (greedy), 10
 LENGTH_PENALTY = 1.0  # score = log_prob / length**this: 0 favours short texts, above 1 long ones. Try 0, 2
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
+PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
+DETAILED_EXAMPLE = 90210  # the number whose beam search and cross-attention are shown
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "encoder_decoder.pt"
 
@@ -214,20 +216,20 @@ class MultiHeadAttention(nn.Module):
         """(B, T, C) -> (B, H, T, d_k): C is cut into H pieces, and the heads become a batch dimension."""
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-    def forward(self, x, mask, source=None, cache=None, attention_maps=None):
+    def forward(self, x, mask, memory=None, cache=None, attention_maps=None):
         """x (B, T, C) -> (B, T, C). mask: boolean, broadcastable to (B, H, T, S), True = may attend.
 
-        source: what to look at, (B, S, C). Without it x looks at itself: self-attention. With the encoder's memory
-        it is cross-attention: the questions come from the text being written, the answers from the text being read.
+        memory: the encoder's output, (B, S, C), or None. Without it x attends to itself: self-attention. With it this
+        is cross-attention: the questions come from the text being written, the answers from the text being read.
         cache: a KVCache. In self-attention it grows by x's keys and values. In cross-attention it is filled once and
         then only read, for the source does not change while the target is written.
         attention_maps: a list that receives this layer's weights (B, H, T, S), for pictures.
         """
         query = self.split_heads(self.query(x))                                         # (B, H, T, d_k)
-        if source is not None and cache is not None and len(cache) > 0:
+        if memory is not None and cache is not None and len(cache) > 0:
             key, value = cache.key, cache.value                                         # (B, H, S, d_k)
         else:
-            attended = x if source is None else source                                  # (B, S, C)
+            attended = x if memory is None else memory                                  # (B, S, C)
             key, value = self.split_heads(self.key(attended)), self.split_heads(self.value(attended))
             if cache is not None:
                 key, value = cache.append(key, value)                                   # (B, H, S, d_k)
@@ -393,42 +395,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.embedding_dim))
 
 
-def check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length) -> None:
-    """Refuse sizes of which no model can be made, and say which would do. Raises InputError."""
-    for name, size in [("D_MODEL", d_model), ("NUM_LAYERS", num_layers), ("NUM_HEADS", num_heads), ("D_FF", d_ff),
-                       ("MAX_LENGTH", max_length)]:
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"{name} = {size} must be a whole number, at least 1.")
-    if d_model % 2:
-        raise InputError(f"D_MODEL = {d_model} must be even, for sines and cosines come in pairs: {d_model + 1} works.")
-    if d_model % num_heads:
-        divisors = ", ".join(str(n) for n in range(1, 17) if d_model % n == 0)
-        raise InputError(f"D_MODEL = {d_model} cannot be shared equally among NUM_HEADS = {num_heads}: with this width "
-                         f"NUM_HEADS = {divisors} work, with these heads D_MODEL = {32 * num_heads} works.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"DROPOUT = {dropout} must be at least 0 and below 1: 0.1 works.")
-
-
-def check_length(ids: torch.Tensor, max_length: int) -> None:
-    """Refuse a batch (B, T) with more positions than there are encodings for. Raises InputError."""
-    if ids.size(1) > max_length:
-        raise InputError(f"A sequence of {ids.size(1)} tokens is longer than MAX_LENGTH = {max_length}: "
-                         f"set MAX_LENGTH to at least {ids.size(1)}, and train again.")
-
-
-def get_device() -> torch.device:
-    """The fastest device here: an NVIDIA GPU (cuda), an Apple one (mps), or else the CPU, which is enough."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
-                max_length=MAX_LENGTH):
-    """A new model with random weights (torch.manual_seed before it makes them repeatable), on the fastest device."""
-    return EncoderDecoderTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length).to(get_device())
-
-
 # ======================================================================================================
 # TRAINING
 # ======================================================================================================
@@ -463,7 +429,7 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS) -> float:
-    """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE of it, reached at the last step.
+    """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE_RATIO * peak at the last step.
 
     Warmup: Adam's first estimates of each gradient's size come from a handful of batches; full-size steps on such
     estimates can throw the weights where they never recover. Decay: large steps find the valley, small ones its floor.
@@ -472,7 +438,7 @@ def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_ST
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps           # never 0: the first step would be wasted
     progress = (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps)
-    lowest = peak * FINAL_LEARNING_RATE
+    lowest = peak * FINAL_LEARNING_RATE_RATIO
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -491,15 +457,27 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
-def check_training(num_epochs, learning_rate) -> None:
-    """Refuse training constants that cannot train. Raises InputError."""
-    for name, value, works in [("NUM_EPOCHS", num_epochs, 10), ("LEARNING_RATE", learning_rate, 2e-3),
-                               ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
-        if not value > 0:
-            raise InputError(f"{name} = {value} must be above 0: {works} works.")
-    for name, value, works in [("WARMUP_STEPS", WARMUP_STEPS, 200), ("WEIGHT_DECAY", WEIGHT_DECAY, 0.1)]:
-        if not value >= 0:
-            raise InputError(f"{name} = {value} must not be negative: {works} works.")
+def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
+    """The heart of training: one batch, one update of all weights. Returns the loss and the gradient's norm.
+
+        gradient <- d loss / d weights,   shortened to GRAD_CLIP if it is longer
+        weights  <- weights - learning_rate * AdamW(gradient)
+
+    Raises FloatingPointError, before the weights are touched, when the loss is not finite or far above ln V.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss_sum, num_targets = compute_loss(model, batch)
+    loss = loss_sum / num_targets.clamp(min=1)    # a batch without targets gives 0, not 0 / 0
+    optimizer.zero_grad()                         # backward adds to .grad: without this, gradients accumulate
+    loss.backward()
+    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    # Comparisons with NaN are False. Above 10 ln V the run has diverged too, even if clipping keeps the loss finite.
+    if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
+        raise FloatingPointError(f"the loss is {loss.item():.4g}")
+    optimizer.step()
+    return loss.item(), grad_norm.item()
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
@@ -521,33 +499,24 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     model.train()
     for _ in range(num_epochs):
         for batch in loaders.train:
-            step = len(history)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, num_steps, learning_rate)
-            loss_sum, num_targets = compute_loss(model, batch)
-            loss = loss_sum / num_targets.clamp(min=1)    # a batch that asks nothing gives 0, not 0 / 0
-            optimizer.zero_grad()                         # backward adds to .grad; without this, steps would pile up
-            loss.backward()
-            # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-            # NaN compares as False. And a loss of ten times blind guessing is as lost, though norms and clipping may
-            # keep it finite for ever.
-            if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
+            step = len(history) + 1
+            rate = learning_rate_at(step - 1, num_steps, learning_rate)
+            try:
+                loss, grad_norm = train_step(model, batch, optimizer, rate)
+            except FloatingPointError as error:
                 raise FloatingPointError(
-                    f"Training diverged: the loss is {loss.item():.4g} at step {step + 1}. Lower LEARNING_RATE = "
-                    f"{learning_rate} or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
-            optimizer.step()
-            history.append({"step": step + 1, "loss": loss.item(), "learning_rate": group["lr"],
-                            "grad_norm": grad_norm.item()})
+                    f"Training diverged: {error} at step {step}. Lower LEARNING_RATE = {learning_rate} or raise "
+                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.") from None
+            history.append({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm})
             bar.update()
-            if step + 1 not in evaluation_steps:
+            if step not in evaluation_steps:
                 continue
             found = evaluate(model, loaders.validation)
             history[-1] |= {"validation_loss": found["loss"], "exact_match": found["exact_match"]}
             if progress is None:
                 bar.write("step {step:>5}  loss {loss:.4f}  held-out: loss {validation_loss:.4f}, exact "
                           "{exact_match:7.2%}  lr {learning_rate:.1e}  gradient {grad_norm:.2f}".format(**history[-1]))
-                bar.write("            e.g. " + answer(model, EXAMPLES[-2:-1])[0])
+                bar.write("            e.g. " + answer(model, [PROGRESS_EXAMPLE])[0])
     if progress is None:
         bar.close()
     return history
@@ -615,18 +584,6 @@ def keep_top_p(logits, p):
     before = probabilities.cumsum(dim=-1) - probabilities        # the mass of all likelier tokens, this one not counted
     descending = descending.masked_fill(before >= p, -math.inf)  # they had reached p without it
     return torch.empty_like(logits).scatter(-1, order, descending)
-
-
-def check_generation(temperature, top_k, top_p, max_new_tokens) -> None:
-    """Refuse settings that mean nothing. Raises InputError."""
-    if not temperature >= 0:
-        raise InputError(f"temperature {temperature} must be 0 (greedy) or above: 0.7 works.")
-    if top_k is not None and not top_k >= 1:
-        raise InputError(f"top_k {top_k} must be at least 1, or None for all tokens.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p} must be above 0 and at most 1, or None for all tokens.")
-    if not max_new_tokens >= 1:
-        raise InputError(f"max_new_tokens {max_new_tokens} must be at least 1.")
 
 
 def choose_tokens(logits, temperature, top_k, top_p, generator):
@@ -757,12 +714,12 @@ def beam_search(model, sources: list[list[int]], beam_width=BEAM_WIDTH, length_p
 
 def make_source(number: int) -> list[int]:
     """What the encoder reads: 3 4 2 <EOS>."""
-    return encode([*str(number), "<EOS>"])
+    return to_ids([*str(number), "<EOS>"])
 
 
 def to_words(ids: torch.Tensor) -> str:
     """One row of generate's answer as text, up to <EOS>."""
-    tokens = decode(ids.tolist())
+    tokens = to_tokens(ids.tolist())
     return " ".join(tokens[: tokens.index("<EOS>")] if "<EOS>" in tokens else tokens)
 
 
@@ -773,6 +730,70 @@ def answer(model, numbers: list[int]) -> list[str]:
         said, truth = to_words(ids), " ".join(number_to_words(number))
         lines.append(f"{number} -> {said}" + ("" if said == truth else f"\n    WRONG: {truth}"))
     return lines
+
+
+# ======================================================================================================
+# BUILDING A MODEL, AND REFUSING WHAT CANNOT WORK
+# ======================================================================================================
+
+
+def get_device() -> torch.device:
+    """The fastest device here: an NVIDIA GPU (cuda), an Apple one (mps), or else the CPU, which is enough."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
+                max_length=MAX_LENGTH):
+    """A new model with random weights (torch.manual_seed before it makes them repeatable), on the fastest device."""
+    return EncoderDecoderTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length).to(get_device())
+
+
+def check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length) -> None:
+    """Refuse sizes of which no model can be made, and say which would do. Raises InputError."""
+    for name, size in [("D_MODEL", d_model), ("NUM_LAYERS", num_layers), ("NUM_HEADS", num_heads), ("D_FF", d_ff),
+                       ("MAX_LENGTH", max_length)]:
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"{name} = {size} must be a whole number, at least 1.")
+    if d_model % 2:
+        raise InputError(f"D_MODEL = {d_model} must be even, for sines and cosines come in pairs: {d_model + 1} works.")
+    if d_model % num_heads:
+        divisors = ", ".join(str(n) for n in range(1, 17) if d_model % n == 0)
+        raise InputError(f"D_MODEL = {d_model} cannot be shared equally among NUM_HEADS = {num_heads}: with this width "
+                         f"NUM_HEADS = {divisors} work, with these heads D_MODEL = {32 * num_heads} works.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"DROPOUT = {dropout} must be at least 0 and below 1: 0.1 works.")
+
+
+def check_length(ids: torch.Tensor, max_length: int) -> None:
+    """Refuse a batch (B, T) with more positions than there are encodings for. Raises InputError."""
+    if ids.size(1) > max_length:
+        raise InputError(f"A sequence of {ids.size(1)} tokens is longer than MAX_LENGTH = {max_length}: "
+                         f"set MAX_LENGTH to at least {ids.size(1)}, and train again.")
+
+
+def check_training(num_epochs, learning_rate) -> None:
+    """Refuse training constants that cannot train. Raises InputError."""
+    for name, value, works in [("NUM_EPOCHS", num_epochs, 10), ("LEARNING_RATE", learning_rate, 2e-3),
+                               ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
+        if not value > 0:
+            raise InputError(f"{name} = {value} must be above 0: {works} works.")
+    for name, value, works in [("WARMUP_STEPS", WARMUP_STEPS, 200), ("WEIGHT_DECAY", WEIGHT_DECAY, 0.1)]:
+        if not value >= 0:
+            raise InputError(f"{name} = {value} must not be negative: {works} works.")
+
+
+def check_generation(temperature, top_k, top_p, max_new_tokens) -> None:
+    """Refuse settings that mean nothing. Raises InputError."""
+    if not temperature >= 0:
+        raise InputError(f"temperature {temperature} must be 0 (greedy) or above: 0.7 works.")
+    if top_k is not None and not top_k >= 1:
+        raise InputError(f"top_k {top_k} must be at least 1, or None for all tokens.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p {top_p} must be above 0 and at most 1, or None for all tokens.")
+    if not max_new_tokens >= 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} must be at least 1.")
 
 
 # ======================================================================================================
@@ -954,8 +975,8 @@ def main(*numbers: int) -> None:
         return
     print("\nEXAMPLES, greedy\n  " + "\n  ".join(answer(model, EXAMPLES)))
     show_strategies(model)
-    show_beam(model, EXAMPLES[-3])
-    show_alignment(model, EXAMPLES[-3])
+    show_beam(model, DETAILED_EXAMPLE)
+    show_alignment(model, DETAILED_EXAMPLE)
     print("\nNext: python encoder_decoder.py 342 90210, or change a constant at the top and run it again.")
 
 

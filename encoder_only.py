@@ -60,7 +60,7 @@ from tqdm import tqdm
 
 import toy_dataset
 from toy_dataset import CLS_ID, IGNORE, MASK_ID, MAX_DIGITS, MAX_WORDS, PAD_ID, PLACES, SPECIAL_TOKENS, VOCABULARY
-from toy_dataset import InputError, decode, encode, make_padding_mask, number_to_words, parse_number, run_script
+from toy_dataset import InputError, make_padding_mask, number_to_words, parse_number, run_script, to_ids, to_tokens
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -78,7 +78,7 @@ MAX_LENGTH = 64       # longest sequence, digits and words together. Try 16 (too
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 10       # pretraining: passes over the training numbers. Try 1, 3, 20
 LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (stopped with a sentence)
-FINAL_LEARNING_RATE = 0.01  # share of the peak at which the cosine ends. Try 1.0: no decay; is the end as good?
+FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
 WARMUP_STEPS = 200    # steps from near zero to the peak. Try 0 (a rough start), 500
 WEIGHT_DECAY = 0.1    # pull of the weight matrices towards zero. Try 0, 1.0
 GRAD_CLIP = 1.0       # longest gradient allowed; longer ones are shortened to it. Try 0.1, 100
@@ -91,6 +91,7 @@ SEED = 0              # initial weights, order of batches, sampling. Try 1: how 
 # --- generation ---
 ITERATIONS = 4        # rounds of mask-predict; 1 fills in all masks at once. Try 1, 10
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
+PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
 MASKED_EXAMPLES = [  # texts to complete. Try hiding a digit and its word: what does it say when nobody can know?
     "90210 <SEP> ninety <MASK> two hundred ten",
     "3 <MASK> 2 <SEP> three hundred forty two",
@@ -328,52 +329,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.5 / math.sqrt(module.embedding_dim))
 
 
-def check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length) -> None:
-    """Refuse sizes of which no model can be made, and say which would do. Raises InputError."""
-    for name, size in [("D_MODEL", d_model), ("NUM_LAYERS", num_layers), ("NUM_HEADS", num_heads), ("D_FF", d_ff),
-                       ("MAX_LENGTH", max_length)]:
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"{name} = {size} must be a whole number, at least 1.")
-    if d_model % 2:
-        raise InputError(f"D_MODEL = {d_model} must be even, for sines and cosines come in pairs: {d_model + 1} works.")
-    if d_model % num_heads:
-        divisors = ", ".join(str(n) for n in range(1, 17) if d_model % n == 0)
-        raise InputError(f"D_MODEL = {d_model} cannot be shared equally among NUM_HEADS = {num_heads}: with this width "
-                         f"NUM_HEADS = {divisors} work, with these heads D_MODEL = {32 * num_heads} works.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"DROPOUT = {dropout} must be at least 0 and below 1: 0.1 works.")
-
-
-def check_length(ids: torch.Tensor, max_length: int) -> None:
-    """Refuse a batch (B, T) with more positions than there are encodings for. Raises InputError."""
-    if ids.size(1) > max_length:
-        raise InputError(f"A sequence of {ids.size(1)} tokens is longer than MAX_LENGTH = {max_length}: "
-                         f"set MAX_LENGTH to at least {ids.size(1)}, and train again.")
-
-
-def get_device() -> torch.device:
-    """The fastest device here: an NVIDIA GPU (cuda), an Apple one (mps), or else the CPU, which is enough."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
-                max_length=MAX_LENGTH, task="masked_lm"):
-    """A new model with random weights (torch.manual_seed before it makes them repeatable), on the fastest device."""
-    return EncoderOnlyTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length, task).to(get_device())
-
-
-def build_fine_tuned(pretrained, task):
-    """A new model for the task that starts from a pretrained one: its encoder, copied, and a head of random weights."""
-    sizes = [pretrained.constants[name] for name in ("D_MODEL", "NUM_LAYERS", "NUM_HEADS", "D_FF")]
-    model = build_model(*sizes, DROPOUT, pretrained.constants["MAX_LENGTH"], task)
-    # strict=False: the head has no counterpart in the pretrained model. It is the only thing that may be missing.
-    missing, unexpected = model.load_state_dict(pretrained.state_dict(), strict=False)
-    assert not unexpected and all(name.startswith(("head.", "pooler.")) for name in missing)
-    return model
-
-
 # ======================================================================================================
 # TRAINING
 # ======================================================================================================
@@ -440,7 +395,7 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS) -> float:
-    """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE of it, reached at the last step.
+    """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE_RATIO * peak at the last step.
 
     Warmup: Adam's first estimates of each gradient's size come from a handful of batches; full-size steps on such
     estimates can throw the weights where they never recover. Decay: large steps find the valley, small ones its floor.
@@ -449,7 +404,7 @@ def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_ST
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps           # never 0: the first step would be wasted
     progress = (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps)
-    lowest = peak * FINAL_LEARNING_RATE
+    lowest = peak * FINAL_LEARNING_RATE_RATIO
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -468,15 +423,27 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
-def check_training(num_epochs, learning_rate) -> None:
-    """Refuse training constants that cannot train. Raises InputError."""
-    for name, value, works in [("NUM_EPOCHS", num_epochs, 10), ("LEARNING_RATE", learning_rate, 2e-3),
-                               ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
-        if not value > 0:
-            raise InputError(f"{name} = {value} must be above 0: {works} works.")
-    for name, value, works in [("WARMUP_STEPS", WARMUP_STEPS, 200), ("WEIGHT_DECAY", WEIGHT_DECAY, 0.1)]:
-        if not value >= 0:
-            raise InputError(f"{name} = {value} must not be negative: {works} works.")
+def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
+    """The heart of training: one batch, one update of all weights. Returns the loss and the gradient's norm.
+
+        gradient <- d loss / d weights,   shortened to GRAD_CLIP if it is longer
+        weights  <- weights - learning_rate * AdamW(gradient)
+
+    Raises FloatingPointError, before the weights are touched, when the loss is not finite or far above ln V.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss_sum, num_targets = compute_loss(model, batch)
+    loss = loss_sum / num_targets.clamp(min=1)    # a batch without targets gives 0, not 0 / 0
+    optimizer.zero_grad()                         # backward adds to .grad: without this, gradients accumulate
+    loss.backward()
+    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+    # Comparisons with NaN are False. Above 10 ln V the run has diverged too, even if clipping keeps the loss finite.
+    if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
+        raise FloatingPointError(f"the loss is {loss.item():.4g}")
+    optimizer.step()
+    return loss.item(), grad_norm.item()
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
@@ -498,33 +465,24 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     model.train()
     for _ in range(num_epochs):
         for batch in loaders.train:
-            step = len(history)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, num_steps, learning_rate)
-            loss_sum, num_targets = compute_loss(model, batch)
-            loss = loss_sum / num_targets.clamp(min=1)    # a batch that asks nothing gives 0, not 0 / 0
-            optimizer.zero_grad()                         # backward adds to .grad; without this, steps would pile up
-            loss.backward()
-            # Clip the length of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-            # NaN compares as False. And a loss of ten times blind guessing is as lost, though norms and clipping may
-            # keep it finite for ever.
-            if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
+            step = len(history) + 1
+            rate = learning_rate_at(step - 1, num_steps, learning_rate)
+            try:
+                loss, grad_norm = train_step(model, batch, optimizer, rate)
+            except FloatingPointError as error:
                 raise FloatingPointError(
-                    f"Training diverged: the loss is {loss.item():.4g} at step {step + 1}. Lower LEARNING_RATE = "
-                    f"{learning_rate} or raise WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.")
-            optimizer.step()
-            history.append({"step": step + 1, "loss": loss.item(), "learning_rate": group["lr"],
-                            "grad_norm": grad_norm.item()})
+                    f"Training diverged: {error} at step {step}. Lower LEARNING_RATE = {learning_rate} or raise "
+                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.") from None
+            history.append({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm})
             bar.update()
-            if step + 1 not in evaluation_steps:
+            if step not in evaluation_steps:
                 continue
             found = evaluate(model, loaders.validation)
             history[-1] |= {"validation_loss": found["loss"], "exact_match": found["exact_match"]}
             if progress is None:
                 bar.write("step {step:>5}  loss {loss:.4f}  held-out: loss {validation_loss:.4f}, exact "
                           "{exact_match:7.2%}  lr {learning_rate:.1e}  gradient {grad_norm:.2f}".format(**history[-1]))
-                bar.write("            e.g. " + answer(model, EXAMPLES[-2:-1])[0])
+                bar.write("            e.g. " + answer(model, [PROGRESS_EXAMPLE])[0])
     if progress is None:
         bar.close()
     return history
@@ -610,7 +568,7 @@ def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Te
 def parse_text(text: str) -> list[int]:
     """A text with masks, as a person types it, to the ids of `<CLS> digits <SEP> words <SEP>`. Raises InputError.
 
-    Numbers may be written in one piece; what is not a digit, a word, <MASK> or <SEP> is refused, by encode.
+    Numbers may be written in one piece; what is not a digit, a word, <MASK> or <SEP> is refused, by to_ids.
     """
     tokens = []  # <CLS> and the last <SEP> come with the form, so nobody has to type them
     for piece in text.split():
@@ -619,14 +577,14 @@ def parse_text(text: str) -> list[int]:
         raise InputError(f"{text!r} has no <MASK> to fill in.")
     if tokens.count("<SEP>") != 1 or len(tokens) > MAX_LENGTH - 2:
         raise InputError(f"{text!r} is not of the form 'digits <SEP> words', with at most {MAX_LENGTH - 2} tokens.")
-    return encode(["<CLS>", *tokens, "<SEP>"])
+    return to_ids(["<CLS>", *tokens, "<SEP>"])
 
 
 def fill_in(model, texts: list[str]) -> list[str]:
     """Each text with its masks filled in, what was filled in in brackets."""
     prompts = [parse_text(text) for text in texts]
     filled = generate(model, prompts)
-    return [" ".join(f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, decode(ids.tolist()))
+    return [" ".join(f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, to_tokens(ids.tolist()))
                      if i != CLS_ID).removesuffix(" <SEP>") for prompt, ids in zip(prompts, filled)]
 
 
@@ -656,6 +614,68 @@ def answer(model, numbers: list[int]) -> list[str]:
 def describe_label(task: str, label: int) -> str:
     """A class, in words."""
     return PLACES[label] if task == "tagging" else f"{label + 1} words"
+
+
+# ======================================================================================================
+# BUILDING A MODEL, AND REFUSING WHAT CANNOT WORK
+# ======================================================================================================
+
+
+def get_device() -> torch.device:
+    """The fastest device here: an NVIDIA GPU (cuda), an Apple one (mps), or else the CPU, which is enough."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
+                max_length=MAX_LENGTH, task="masked_lm"):
+    """A new model with random weights (torch.manual_seed before it makes them repeatable), on the fastest device."""
+    return EncoderOnlyTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length, task).to(get_device())
+
+
+def build_fine_tuned(pretrained, task):
+    """A new model for the task that starts from a pretrained one: its encoder, copied, and a head of random weights."""
+    sizes = [pretrained.constants[name] for name in ("D_MODEL", "NUM_LAYERS", "NUM_HEADS", "D_FF")]
+    model = build_model(*sizes, DROPOUT, pretrained.constants["MAX_LENGTH"], task)
+    # strict=False: the head has no counterpart in the pretrained model. It is the only thing that may be missing.
+    missing, unexpected = model.load_state_dict(pretrained.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith(("head.", "pooler.")) for name in missing)
+    return model
+
+
+def check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length) -> None:
+    """Refuse sizes of which no model can be made, and say which would do. Raises InputError."""
+    for name, size in [("D_MODEL", d_model), ("NUM_LAYERS", num_layers), ("NUM_HEADS", num_heads), ("D_FF", d_ff),
+                       ("MAX_LENGTH", max_length)]:
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"{name} = {size} must be a whole number, at least 1.")
+    if d_model % 2:
+        raise InputError(f"D_MODEL = {d_model} must be even, for sines and cosines come in pairs: {d_model + 1} works.")
+    if d_model % num_heads:
+        divisors = ", ".join(str(n) for n in range(1, 17) if d_model % n == 0)
+        raise InputError(f"D_MODEL = {d_model} cannot be shared equally among NUM_HEADS = {num_heads}: with this width "
+                         f"NUM_HEADS = {divisors} work, with these heads D_MODEL = {32 * num_heads} works.")
+    if not 0 <= dropout < 1:
+        raise InputError(f"DROPOUT = {dropout} must be at least 0 and below 1: 0.1 works.")
+
+
+def check_length(ids: torch.Tensor, max_length: int) -> None:
+    """Refuse a batch (B, T) with more positions than there are encodings for. Raises InputError."""
+    if ids.size(1) > max_length:
+        raise InputError(f"A sequence of {ids.size(1)} tokens is longer than MAX_LENGTH = {max_length}: "
+                         f"set MAX_LENGTH to at least {ids.size(1)}, and train again.")
+
+
+def check_training(num_epochs, learning_rate) -> None:
+    """Refuse training constants that cannot train. Raises InputError."""
+    for name, value, works in [("NUM_EPOCHS", num_epochs, 10), ("LEARNING_RATE", learning_rate, 2e-3),
+                               ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
+        if not value > 0:
+            raise InputError(f"{name} = {value} must be above 0: {works} works.")
+    for name, value, works in [("WARMUP_STEPS", WARMUP_STEPS, 200), ("WEIGHT_DECAY", WEIGHT_DECAY, 0.1)]:
+        if not value >= 0:
+            raise InputError(f"{name} = {value} must not be negative: {works} works.")
 
 
 # ======================================================================================================
@@ -778,7 +798,7 @@ def show_mask_predict(model, counter) -> None:
     """Writing with a model that was made to fill holes, and what it takes to do that."""
     numbers = toy_dataset.make_splits().test[:500]
     names = [number_to_words(number) for number in numbers]
-    prompts = [encode(["<CLS>", *str(number), "<SEP>"]) for number in numbers]
+    prompts = [to_ids(["<CLS>", *str(number), "<SEP>"]) for number in numbers]
     with torch.no_grad():
         batch = toy_dataset.pad_batch([TASKS["counting"](number) for number in numbers])
         labels = predict(counter, batch)[0].argmax(dim=-1)                              # (B, 1)
@@ -795,11 +815,11 @@ def show_mask_predict(model, counter) -> None:
         for prompt, name, length in zip(prompts, names, lengths):
             hidden = set(rng.sample(range(length), max(1, round(share * length))))
             words = ["<MASK>" if i in hidden else name[i] for i in range(length)]
-            texts.append(prompt + encode([*words, "<SEP>"]))
+            texts.append(prompt + to_ids([*words, "<SEP>"]))
         row = []
         for iterations in (1, 4, 10):
             filled = generate(model, texts, iterations)
-            right = sum(decode(ids.tolist())[len(p):-1] == name for ids, p, name in zip(filled, prompts, names))
+            right = sum(to_tokens(ids.tolist())[len(p):-1] == name for ids, p, name in zip(filled, prompts, names))
             row.append(f"{right / len(names):11.1%}")
         print(f"  {label:44}" + "".join(row))
     print("  Why this is not natural for it: someone must say first how many words there will be; the words\n"

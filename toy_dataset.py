@@ -116,30 +116,6 @@ def words_to_number(words: list[str]) -> int:
     return number
 
 
-def align(number: int) -> list[set[int]]:
-    """For each word of the name, the positions of the digits that it is made of: the truth about who translates whom.
-
-    >>> align(90210)       # ninety: 9 (and 0: no ninety-one), thousand: 9 0, two: 2, hundred: 2, ten: 1 0
-    [{0, 1}, {0, 1}, {2}, {2}, {3, 4}]
-    """
-    words, digits = [], str(number)
-    start = 0
-    while start < len(digits):  # by groups of three, as they are said: 90 | 210
-        end = start + (len(digits) - start - 1) % 3 + 1
-        group = digits[start:end]
-        hundreds, last_two = int(group) // 100, int(group) % 100
-        if hundreds:
-            words += [{end - 3}] * 2                                # "two", "hundred"
-        if last_two >= 20:
-            words += [{end - 2, end - 1}] if last_two % 10 == 0 else [{end - 2}, {end - 1}]  # "twenty", or "twenty one"
-        elif last_two or number == 0:
-            words += [{end - 2, end - 1} if last_two >= 10 else {end - 1}]  # "twelve", or "two"
-        if int(group) and end < len(digits):
-            words += [set(range(start, end))]                       # "thousand", "million", "billion"
-        start = end
-    return words
-
-
 def parse_number(text: str) -> int:
     """The number that a person typed. Raises InputError, in one sentence, for what is outside the language.
 
@@ -178,10 +154,10 @@ IGNORE = -100  # the target that says "nothing is asked here"; F.cross_entropy s
 MAX_WORDS = max(len(number_to_words(int("7" * length))) for length in range(1, MAX_DIGITS + 1))  # 777777 says it all
 
 
-def encode(tokens: list[str]) -> list[int]:
+def to_ids(tokens: list[str]) -> list[int]:
     """Tokens -> ids. Raises InputError naming the first token that is not in the vocabulary.
 
-    >>> encode(["<SOS>", "7", "seven"])
+    >>> to_ids(["<SOS>", "7", "seven"])
     [1, 13, 23]
     """
     for token in tokens:
@@ -190,8 +166,8 @@ def encode(tokens: list[str]) -> list[int]:
     return [TOKEN_TO_ID[token] for token in tokens]
 
 
-def decode(ids: list[int]) -> list[str]:
-    """Ids -> tokens, without the padding. The inverse of encode."""
+def to_tokens(ids: list[int]) -> list[str]:
+    """Ids -> tokens, without the padding. The inverse of to_ids."""
     return [VOCABULARY[i] for i in ids if i != PAD_ID]
 
 
@@ -264,7 +240,7 @@ def masked_lm_example(number: int) -> dict:
 
     ids      <CLS> 3 4 2 <SEP> three hundred forty two <SEP>
     """
-    return {"ids": encode(["<CLS>", *str(number), "<SEP>", *number_to_words(number), "<SEP>"])}
+    return {"ids": to_ids(["<CLS>", *str(number), "<SEP>", *number_to_words(number), "<SEP>"])}
 
 
 def tagging_example(number: int) -> dict:
@@ -274,7 +250,7 @@ def tagging_example(number: int) -> dict:
     places     -    2  1  0    -                  (- is IGNORE)
     """
     digits = str(number)
-    return {"ids": encode(["<CLS>", *digits, "<SEP>"]), "places": [IGNORE, *reversed(range(len(digits))), IGNORE]}
+    return {"ids": to_ids(["<CLS>", *digits, "<SEP>"]), "places": [IGNORE, *reversed(range(len(digits))), IGNORE]}
 
 
 def counting_example(number: int) -> dict:
@@ -283,7 +259,7 @@ def counting_example(number: int) -> dict:
     ids      <CLS> 3 4 2 <SEP>
     count    3                                    (class 3: four words)
     """
-    return {"ids": encode(["<CLS>", *str(number), "<SEP>"]), "count": len(number_to_words(number)) - 1}
+    return {"ids": to_ids(["<CLS>", *str(number), "<SEP>"]), "count": len(number_to_words(number)) - 1}
 
 
 def decoder_only_example(number: int, loss_on_prompt: bool = True) -> dict:
@@ -295,8 +271,8 @@ def decoder_only_example(number: int, loss_on_prompt: bool = True) -> dict:
     With loss_on_prompt=False everything before `three` becomes IGNORE: the model then learns to translate a number
     that it is given, but not to come up with one.
     """
-    prompt = encode(["<SOS>", *str(number), "<SEP>"])
-    text = prompt + encode([*number_to_words(number), "<EOS>"])
+    prompt = to_ids(["<SOS>", *str(number), "<SEP>"])
+    text = prompt + to_ids([*number_to_words(number), "<EOS>"])
     targets = text[1:]
     if not loss_on_prompt:
         targets[: len(prompt) - 1] = [IGNORE] * (len(prompt) - 1)
@@ -310,8 +286,8 @@ def encoder_decoder_example(number: int) -> dict:
     target   <SOS> three   hundred forty two
     targets  three hundred  forty   two  <EOS>
     """
-    words = encode(number_to_words(number))
-    return {"source": encode([*str(number), "<EOS>"]), "target": [SOS_ID, *words], "targets": [*words, EOS_ID]}
+    words = to_ids(number_to_words(number))
+    return {"source": to_ids([*str(number), "<EOS>"]), "target": [SOS_ID, *words], "targets": [*words, EOS_ID]}
 
 
 # ======================================================================================================
@@ -380,6 +356,31 @@ def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | 
 # ======================================================================================================
 
 
+def align(number: int) -> list[set[int]]:
+    """For each word of the name, the positions of the digits that it is made of: the truth about who translates whom.
+
+    >>> align(90210)       # ninety: 9 (and 0: no ninety-one), thousand: 9 0, two: 2, hundred: 2, ten: 1 0
+    [{0, 1}, {0, 1}, {2}, {2}, {3, 4}]
+    """
+    positions, digits = [], str(number)
+    start = 0
+    while start < len(digits):  # by groups of three, as they are said: 90 | 210
+        end = start + (len(digits) - start - 1) % 3 + 1
+        group = digits[start:end]
+        hundreds, last_two = int(group) // 100, int(group) % 100
+        if hundreds:
+            positions += [{end - 3}] * 2                                # "two", "hundred"
+        if last_two >= 20:
+            tens_and_ones = [{end - 2, end - 1}] if last_two % 10 == 0 else [{end - 2}, {end - 1}]
+            positions += tens_and_ones                                  # "twenty", or "twenty one"
+        elif last_two or number == 0:
+            positions += [{end - 2, end - 1} if last_two >= 10 else {end - 1}]  # "twelve", or "two"
+        if int(group) and end < len(digits):
+            positions += [set(range(start, end))]                       # "thousand", "million", "billion"
+        start = end
+    return positions
+
+
 def format_mask(mask: torch.Tensor, rows: list[str], columns: list[str]) -> str:
     """A boolean mask as text: one row per query, `#` where it may attend, `.` where it may not. mask: (T, S)."""
     width = max(map(len, rows))
@@ -388,28 +389,6 @@ def format_mask(mask: torch.Tensor, rows: list[str], columns: list[str]) -> str:
     body = [f"{row:>{width}}  " + " ".join("#" if cell else "." for cell in cells)
             for row, cells in zip(rows, mask.tolist())]
     return "\n".join(header + body)
-
-
-def run_script(main, parse_argument=None) -> None:
-    """Run main as a script: main() as it stands, or main(*arguments), each argument read by parse_argument.
-
-    What a person can mend is one line on stderr and exit status 1 (2 for a wrong argument). Ctrl-C ends with the
-    shell's status for it, 130. Everything else is a bug, and keeps its traceback.
-    """
-    try:
-        if sys.argv[1:] and parse_argument is None:
-            raise InputError("takes no arguments; what can be changed are the constants at the top of the file.")
-        arguments = [parse_argument(argument) for argument in sys.argv[1:]]
-    except InputError as error:
-        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(*arguments)
-    except (InputError, FloatingPointError, OSError) as error:
-        sys.exit(f"{sys.argv[0]}: {error}")
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        sys.exit(130)
 
 
 def main():
@@ -465,6 +444,28 @@ def main():
     print("  its padding mask, for the second row (# may be attended to, . is hidden; one line per query):")
     print("    " + format_mask(mask, tokens, tokens).replace("\n", "\n    "))
     print("\nNext: python quick_start.py (all three, trained and shown), or read encoder_only.py from the top.")
+
+
+def run_script(main, parse_argument=None) -> None:
+    """Run main as a script: main() as it stands, or main(*arguments), each argument read by parse_argument.
+
+    What a person can mend is one line on stderr and exit status 1 (2 for a wrong argument). Ctrl-C ends with the
+    shell's status for it, 130. Everything else is a bug, and keeps its traceback.
+    """
+    try:
+        if sys.argv[1:] and parse_argument is None:
+            raise InputError("takes no arguments; what can be changed are the constants at the top of the file.")
+        arguments = [parse_argument(argument) for argument in sys.argv[1:]]
+    except InputError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(*arguments)
+    except (InputError, FloatingPointError, OSError) as error:
+        sys.exit(f"{sys.argv[0]}: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -423,8 +423,8 @@ def run_constants(job, model) -> dict:
                                                "toy_dataset.NUM_VALIDATION": toy_dataset.NUM_VALIDATION}
     for name in ("SEED", "GLOBAL_BATCH_SIZE", "MICRO_BATCH_SIZE", "EVALUATE_EVERY", "EARLY_STOPPING_PATIENCE"):
         found[name] = globals()[name]
-    for name in ("DROPOUT", "WARMUP_STEPS", "FINAL_LEARNING_RATE", "WEIGHT_DECAY", "GRAD_CLIP", "MASK_PROBABILITY",
-                 "LOSS_ON_PROMPT"):
+    for name in ("DROPOUT", "WARMUP_STEPS", "FINAL_LEARNING_RATE_RATIO", "WEIGHT_DECAY", "GRAD_CLIP",
+                 "MASK_PROBABILITY", "LOSS_ON_PROMPT"):
         found[f"{job.module.__name__}.{name}"] = getattr(job.module, name, None)  # some have not all of them
     return found
 

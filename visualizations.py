@@ -36,8 +36,8 @@ import decoder_only
 import encoder_decoder
 import encoder_only
 import toy_dataset
-from toy_dataset import PAD_ID, VOCABULARY, InputError, align, decode, encode, make_padding_mask
-from toy_dataset import number_to_words, run_script
+from toy_dataset import PAD_ID, VOCABULARY, InputError, align, make_padding_mask
+from toy_dataset import number_to_words, run_script, to_ids, to_tokens
 
 # ======================================================================================================
 # CONSTANTS
@@ -280,7 +280,7 @@ def prompt_before_last_word(number: int) -> list[str]:
 def next_token_distributions(model, prompt: list[str]) -> dict[str, torch.Tensor]:
     """What may come after a prompt, and with which probability (V), under each sampling strategy."""
     with torch.no_grad():
-        logits = model(torch.tensor([encode(prompt)]))[:, -1]
+        logits = model(torch.tensor([to_ids(prompt)]))[:, -1]
     logits[:, PAD_ID] = -math.inf  # as in decoder_only.generate
     strategies = {
         "as learned": logits,
@@ -326,7 +326,7 @@ def map_words(model) -> WordMap:
     """Where a model has put the number words."""
     sizes = [len(words) for words in WORD_KINDS.values()]
     kinds = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    vectors = model.embedding.weight.detach()[encode([word for words in WORD_KINDS.values() for word in words])]
+    vectors = model.embedding.weight.detach()[to_ids([word for words in WORD_KINDS.values() for word in words])]
     points, shares = principal_components(vectors)
     by_kind = dict(zip(WORD_KINDS, points.split(sizes)))
     return WordMap(by_kind, shares.sum().item(), *(share_beside_own_kind(x, kinds) for x in (points, vectors)))
@@ -375,7 +375,7 @@ def beam_hypotheses(model, number: int) -> list[Hypothesis]:
     found = []
     for ids, score in zip(texts[0].tolist(), scores[0].tolist()):
         if score > -math.inf:
-            words = decode(ids)
+            words = to_tokens(ids)
             found.append(Hypothesis(words, score, math.exp(score * len(words) ** encoder_decoder.LENGTH_PENALTY)))
     return found
 

@@ -54,7 +54,7 @@ BREAKS = [
           "it learns to repeat its input: loss near 0, nothing right"),
     Break("padding counts in the loss", "toy_dataset", 'filler = IGNORE if field in ("targets", "places") else PAD_ID',
           "filler = PAD_ID", "the loss looks better than it is: padding is easy"),
-    Break("gradients never zeroed", "decoder_only", "            optimizer.zero_grad() ", "            pass #",
+    Break("gradients never zeroed", "decoder_only", "    optimizer.zero_grad() ", "    pass #",
           "each step follows the sum of all gradients so far"),
     Break("decay on everything", "decoder_only", '{"params": others, "weight_decay": 0.0}',
           '{"params": others, "weight_decay": WEIGHT_DECAY}', "embeddings and norms shrink a little"),
@@ -86,8 +86,9 @@ model = m.build_model()
 history = m.train(model, loaders, 2, m.LEARNING_RATE, 1, tqdm(disable=True, total=1))
 numbers = make_splits().validation[:500]
 if "{module}" == "encoder_only":
-    prompts = [m.encode(["<CLS>", *str(n), "<SEP>", *["<MASK>"] * len(number_to_words(n)), "<SEP>"]) for n in numbers]
-    said = [" ".join(m.decode(ids.tolist())[len(str(n)) + 2:-1]) for n, ids in zip(numbers, m.generate(model, prompts))]
+    prompts = [m.to_ids(["<CLS>", *str(n), "<SEP>", *["<MASK>"] * len(number_to_words(n)), "<SEP>"]) for n in numbers]
+    filled = m.generate(model, prompts).tolist()
+    said = [" ".join(m.to_tokens(ids)[len(str(n)) + 2:-1]) for n, ids in zip(numbers, filled)]
 elif "{module}" == "decoder_only":
     said = [m.to_words(ids) for ids in m.generate(model, [m.make_prompt(n) for n in numbers])]
 else:

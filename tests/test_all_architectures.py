@@ -260,7 +260,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(module, num_st
     rates = [module.learning_rate_at(step, num_steps, 1.0, warmup_steps) for step in range(num_steps)]
     top = rates.index(max(rates))
     assert rates[0] > 0 and max(rates) == pytest.approx(1.0, abs=0.01) or num_steps < 3
-    assert rates[-1] == pytest.approx(module.FINAL_LEARNING_RATE)
+    assert rates[-1] == pytest.approx(module.FINAL_LEARNING_RATE_RATIO)
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert num_steps != 1000 or warmup_steps != 100 or top in (98, 99, 100)
 

@@ -234,7 +234,7 @@ def test_an_example_is_what_its_docstring_draws(cell):
     tokens = [["-" if i == IGNORE else VOCABULARY[i] for i in ids] for ids in example.values()]
     assert [" ".join(row) for row in tokens] == list(drawn[cell.row])
     if source is not None:
-        assert toy_dataset.decode(source) == (["<EOS>"] if cell.work == "generate" else ["3", "4", "2", "<EOS>"])
+        assert toy_dataset.to_tokens(source) == (["<EOS>"] if cell.work == "generate" else ["3", "4", "2", "<EOS>"])
 
 
 def test_the_while_reading_example_hides_what_follows_from_each_answer(untrained):

@@ -208,7 +208,7 @@ def test_exact_match_is_that_of_really_generating_greedily(trained_decoder):
                                     collate_fn=toy_dataset.pad_batch)
     written = gpt.generate(trained_decoder, [gpt.make_prompt(n) for n in numbers], temperature=0.0)
     wrong = [i for i, (number, ids) in enumerate(zip(numbers, written))
-             if toy_dataset.decode(ids.tolist()) != [*toy_dataset.number_to_words(number), "<EOS>"]]
+             if toy_dataset.to_tokens(ids.tolist()) != [*toy_dataset.number_to_words(number), "<EOS>"]]
     found = gpt.evaluate(trained_decoder, loader)
     assert found["mistakes"] == wrong and 0 < len(wrong) < 300
     assert found["exact_match"] == pytest.approx(1 - len(wrong) / 300)
@@ -216,7 +216,7 @@ def test_exact_match_is_that_of_really_generating_greedily(trained_decoder):
 
 def test_a_free_text_counts_only_if_its_words_name_its_digits():
     def read(text):
-        return gpt.read_text(torch.tensor(toy_dataset.encode(text.split())))
+        return gpt.read_text(torch.tensor(toy_dataset.to_ids(text.split())))
 
     assert read("4 2 <SEP> forty two <EOS>") == 42
     for text in ("4 2 <SEP> forty three <EOS>", "4 2 <SEP> forty two", "4 2 forty two <EOS>", "0 7 <SEP> seven <EOS>",

@@ -220,7 +220,7 @@ def test_exact_match_is_that_of_really_generating_greedily(trained_encoder_decod
                                     collate_fn=toy_dataset.pad_batch)
     written = t5.generate(trained_encoder_decoder, [t5.make_source(n) for n in numbers], temperature=0.0)
     wrong = [i for i, (number, ids) in enumerate(zip(numbers, written))
-             if toy_dataset.decode(ids.tolist()) != [*toy_dataset.number_to_words(number), "<EOS>"]]
+             if toy_dataset.to_tokens(ids.tolist()) != [*toy_dataset.number_to_words(number), "<EOS>"]]
     found = t5.evaluate(trained_encoder_decoder, loader)
     assert found["mistakes"] == wrong and 0 < len(wrong) < 300
 

@@ -170,7 +170,7 @@ def test_filling_in_puts_the_mode_back():
 
 def test_a_typed_text_becomes_what_the_model_was_trained_on():
     ids = bert.parse_text("342 <SEP> <MASK> hundred forty two")
-    assert ids[:6] == [CLS_ID, *toy_dataset.encode("3 4 2 <SEP> <MASK>".split())]
+    assert ids[:6] == [CLS_ID, *toy_dataset.to_ids("3 4 2 <SEP> <MASK>".split())]
     assert bert.parse_text("342 <SEP> three <MASK> forty two")[-1] == SEP_ID
 
 

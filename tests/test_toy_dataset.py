@@ -41,14 +41,14 @@ def test_what_is_no_number_is_refused_and_named(text):
 
 def test_an_unknown_token_is_named_in_the_error():
     with pytest.raises(ValueError, match="'frog'"):
-        toy.encode(["one", "frog"])
+        toy.to_ids(["one", "frog"])
 
 
 def test_each_token_has_one_id_and_padding_is_zero():
     assert len(set(toy.VOCABULARY)) == len(toy.VOCABULARY)
     assert toy.PAD_ID == 0 == toy.TOKEN_TO_ID["<PAD>"]
     assert not set(toy.DIGITS) & set(toy.WORDS)
-    assert toy.decode(toy.encode(toy.VOCABULARY[1:])) == toy.VOCABULARY[1:]
+    assert toy.to_tokens(toy.to_ids(toy.VOCABULARY[1:])) == toy.VOCABULARY[1:]
 
 
 def test_the_splits_share_no_number_and_have_the_promised_sizes():
@@ -90,7 +90,7 @@ def test_each_target_is_the_next_input(number):
         assert example[field][1:] == example["targets"][:-1]
     silent = toy.decoder_only_example(number, loss_on_prompt=False)
     asked = [target for target in silent["targets"] if target != IGNORE]
-    assert toy.decode(asked) == [*toy.number_to_words(number), "<EOS>"]
+    assert toy.to_tokens(asked) == [*toy.number_to_words(number), "<EOS>"]
 
 
 def test_places_and_counts_are_true():

@@ -25,7 +25,7 @@ import encoder_decoder  # noqa: E402
 import encoder_only  # noqa: E402
 import toy_dataset  # noqa: E402
 import visualizations  # noqa: E402
-from toy_dataset import EOS_ID, encode  # noqa: E402
+from toy_dataset import EOS_ID, to_ids  # noqa: E402
 
 TINY = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64}
 MODULES = {"encoder_only": encoder_only, "decoder_only": decoder_only, "encoder_decoder": encoder_decoder}
@@ -320,7 +320,7 @@ def test_each_strategy_keeps_what_it_promises(models):
     assert " ".join(prompt) == "<SOS> 9 0 2 1 0 <SEP> ninety thousand two hundred"
     found = visualizations.next_token_distributions(models["decoder_only"], prompt)
     learned = found["as learned"]
-    logits = models["decoder_only"](torch.tensor([encode(prompt)]))[0, -1]
+    logits = models["decoder_only"](torch.tensor([to_ids(prompt)]))[0, -1]
     torch.testing.assert_close(learned[1:], logits[1:].softmax(-1))
     for name, probabilities in found.items():
         assert probabilities.sum().item() == pytest.approx(1), name
@@ -349,7 +349,7 @@ def test_pca_finds_the_directions_of_planted_data():
 def test_the_word_map_sees_planted_kinds_and_knows_when_there_are_none(models):
     model = decoder_only.build_model(**TINY).cpu()
     for i, words in enumerate(visualizations.WORD_KINDS.values()):
-        model.embedding.weight.data[encode(words), i] += 5
+        model.embedding.weight.data[to_ids(words), i] += 5
     found = visualizations.map_words(model)
     assert [len(points) for points in found.points.values()] == [9, 10, 8]
     assert found.neighbours_here == found.neighbours_in_full == 1 and found.variance_shown > 0.8
@@ -401,8 +401,8 @@ def test_a_hypothesis_has_the_probability_that_the_model_gives_to_its_words(mode
     assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
     for words, score, probability in found:
         source = torch.tensor([encoder_decoder.make_source(42)])
-        log_probs = model(source, torch.tensor([encode(["<SOS>", *words[:-1]])]))[0].log_softmax(-1)
-        log_prob = sum(log_probs[i, token].item() for i, token in enumerate(encode(words)))
+        log_probs = model(source, torch.tensor([to_ids(["<SOS>", *words[:-1]])]))[0].log_softmax(-1)
+        log_prob = sum(log_probs[i, token].item() for i, token in enumerate(to_ids(words)))
         assert score == pytest.approx(log_prob / len(words), abs=1e-4)
         assert probability == pytest.approx(math.exp(log_prob), rel=1e-2)
 
