@@ -1,14 +1,14 @@
-"""decoder_only.py - a GPT-style transformer: reads left to right, and writes what comes next.
+"""decoder_only.py - a GPT-style transformer: causal attention, trained to predict the next token.
 
-What it is. One stack of layers in which every position may look at itself and at what stands before it, never at
-what comes after. Its one skill is to say, after any beginning, how likely each token is to come next. Everything
-else is that skill, repeated: to write, choose a token, append it, ask again. To translate, write the question, and
-let it go on: a prompt `<SOS> 3 4 2 <SEP>` is answered `three hundred forty two <EOS>`.
+What it is. One stack of layers in which every position attends to itself and to the positions before it, never to those
+after it. The model estimates one thing: the probability of the next token given all tokens so far. Generation repeats
+this: choose a token, append it, predict again. Translation is generation too, with the source as the beginning of the
+text: the prompt `<SOS> 3 4 2 <SEP>` is continued with `three hundred forty two <EOS>`.
 
-    targets       3      4      2    <SEP>  three  ...      each position predicts its right neighbour,
-                  ^      ^      ^      ^      ^             all of them at once during training
+    targets       3      4      2    <SEP>  three  ...      each position predicts the token to its right,
+                  ^      ^      ^      ^      ^             all of them in parallel during training
               +-----------------------------------+
-              |  layer NUM_LAYERS                 |         what may look at what (# yes, . no):
+              |  layer NUM_LAYERS                 |         attention mask (# may attend, . may not):
               |  ...                              |
               |  layer 1:                         |               <SOS> 3 4 2 <SEP>
               |    x = x + attention(norm(x))     |         <SOS>   #   . . .   .
@@ -17,21 +17,26 @@ let it go on: a prompt `<SOS> 3 4 2 <SEP>` is answered `three hundred forty two 
                   ^      ^      ^      ^      ^             2       #   # # #   .
     ids         <SOS>    3      4      2    <SEP>  ...      <SEP>   #   # # #   #
 
-What it is for: generating text; and, with the question as the beginning of the text, nearly everything else.
-What it is not for: judging a token in the light of what follows it. The first digit of 3 4 2 is worth three hundred
-only because two more follow, and when this model reads the 3 it cannot know that. compare_architectures.py measures
-this limit, and it is a limit of what may be seen, not of size.
+What it is for: generating text, and every task that can be written as a prompt and its continuation.
+What it is not for: labeling a token that depends on later ones. The 3 of 3 4 2 stands for three hundred only because
+two more digits follow, and at the 3 this model has not read them. The limit comes from the causal mask, not from the
+model's size: compare_architectures.py computes it and measures it.
 
-What you will see when you run it (about a minute on two CPU cores): training with the loss falling from that of
-blind guessing to the least that this language allows, the share of held-out numbers that it names without a mistake,
-the same prompts continued under six decoding strategies, and what the KV cache saves.
+What you will see when you run it (about a minute on two CPU cores): training, with the loss falling from that of
+uniform guessing to the entropy of the data; the exact-match accuracy on held-out numbers; the same prompts continued
+with several decoding strategies; and the time that the KV cache saves.
 
     python decoder_only.py               train, test, show, and save checkpoints/decoder_only.pt
     python decoder_only.py 342 90210     name these numbers with the saved model (trains first if there is none)
 
+How to read it. From the top: attention, the layer, the model, training, generation. A first reading may stop at
+BUILDING A MODEL; what follows is validation, checkpoints and demonstrations.
+
 Papers: Radford et al. 2018, 2019 (GPT, GPT-2); Vaswani et al. 2017, "Attention Is All You Need" (the parts).
-Simplified here: sinusoidal positions, where GPT learns them (they need no training, and serve all three files of
-this repository alike); token ids are whole words and digits, where GPT's are pieces of words.
+Simplified here: positions are sinusoidal, where GPT learns a vector per position; embeddings are multiplied by sqrt(C),
+as in the 2017 paper but not in GPT; weights start from Xavier's distribution, where GPT-2 draws them with standard
+deviation 0.02 and shrinks the projections into the residual stream by 1/sqrt(2 * NUM_LAYERS); GELU is exact, where
+GPT-2 approximates it with tanh; and a token is a whole word or digit, where GPT uses subwords.
 
 Letters used for shapes, here and in the other two files:
 B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
@@ -60,30 +65,30 @@ from toy_dataset import words_to_number
 # ======================================================================================================
 
 # --- model ---
-D_MODEL = 128         # width: how many numbers describe a token. Try 32 (too narrow?), 256 (slower; better?)
-NUM_LAYERS = 2        # rounds of looking around and thinking. Try 1 (what can it no longer do?), 4
-NUM_HEADS = 4         # attention patterns side by side, each D_MODEL / NUM_HEADS wide. Try 1, 8
+D_MODEL = 128         # width: the size of a token's vector. Try 32 (too narrow?), 256 (slower; better?)
+NUM_LAYERS = 2        # transformer layers. Try 1 (what can it no longer do?), 4
+NUM_HEADS = 4         # attention heads, each D_MODEL / NUM_HEADS wide. Try 1, 8
 D_FF = 512            # inner width of the feed-forward network; 4 * D_MODEL is customary. Try 128, 1024
-DROPOUT = 0.0         # share of values zeroed in training, against memorizing. Try 0.1: too few steps here to need it?
-MAX_LENGTH = 64       # longest sequence, prompt and answer together. Try 16 (too short: see what it says), 1024
+DROPOUT = 0.0         # fraction of activations zeroed in training, against overfitting. Try 0.1: does it help here?
+MAX_LENGTH = 64       # longest sequence, prompt and answer together. Try 16 (too short: see the error), 1024
 
 # --- training ---
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 10       # passes over the training numbers. Try 1, 3, 20
-LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (stopped with a sentence)
+LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (diverges: see the error)
 FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
-WARMUP_STEPS = 200    # steps from near zero to the peak. Try 0 (a rough start), 500
-WEIGHT_DECAY = 0.1    # pull of the weight matrices towards zero. Try 0, 1.0
-GRAD_CLIP = 1.0       # longest gradient allowed; longer ones are shortened to it. Try 0.1, 100
-LOSS_ON_PROMPT = True # learn the digits too? Try False: it still translates, but can't come up with a number
-SEED = 0              # initial weights, order of batches, sampling. Try 1: how much of the result is luck?
+WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
+WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
+GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
+LOSS_ON_PROMPT = True # loss on the digits too? Try False: it still translates, but cannot generate numbers
+SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
 
 # --- generation ---
-MAX_NEW_TOKENS = 24   # stop here, should <EOS> never come. Try 3: cut-off names
-TEMPERATURE = 0.0     # 0 always takes the likeliest token; 1 samples as the model believes. Try 0.7, 1.5
-TOP_K = None          # sample among the k likeliest only. Try 5 (with TEMPERATURE 1)
-TOP_P = None          # sample among the fewest that together have this probability. Try 0.9 (with TEMPERATURE 1)
-REPETITION_PENALTY = 1.0  # above 1: tokens already written become less likely. Try 2: no more "two hundred two"
+MAX_NEW_TOKENS = 24   # limit if <EOS> is never generated. Try 3: cut-off names
+TEMPERATURE = 0.0     # 0 is greedy; 1 samples from the model's distribution. Try 0.7, 1.5
+TOP_K = None          # sample from the k most likely tokens only. Try 5 (with TEMPERATURE 1)
+TOP_P = None          # sample from the smallest set with this total probability. Try 0.9 (with TEMPERATURE 1)
+REPETITION_PENALTY = 1.0  # above 1, generated tokens become less likely. Try 2: some names that repeat a word break
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
 PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
 
@@ -95,15 +100,16 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "decoder_only.pt"
 
 
 class PositionalEncoding(nn.Module):
-    """Tells a position from another: a fixed vector of sines and cosines for each (Vaswani et al. 2017, section 3.5).
+    """A fixed, distinct vector of sines and cosines for each position (Vaswani et al. 2017, section 3.5).
 
         PE(pos, 2i)   = sin(pos / 10000^(2i / C))
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
-    Attention by itself is blind to order: it sees a bag of tokens, in which 12 and 21 are the same. Each pair
-    (2i, 2i+1) is a clock hand, the first turning once in 6 positions, the last once in tens of thousands. Moving k
-    positions on turns each hand by an angle that depends on k alone, wherever one starts: so "k to the left" looks
-    alike everywhere, and attention can learn it once for all positions.
+    Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
+    (A causal mask gives away some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a clock
+    hand; the first turns once in 6 positions, the last once in tens of thousands. Moving k positions to the right turns
+    each hand by an angle that depends only on k, so "k to the left" looks the same everywhere in the sequence, and
+    attention can learn it once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -112,7 +118,7 @@ class PositionalEncoding(nn.Module):
         frequencies = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)               # (C/2)
         angles = positions * frequencies                                                # (max_length, C/2)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(start_dim=1)  # (max_length, C): sin, cos, ...
-        # A buffer moves with the model to the GPU but is not trained; being a formula, it need not be saved either.
+        # A buffer moves with the model to the GPU but is not trained. It follows from a formula, so it is not saved.
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
@@ -123,16 +129,18 @@ class PositionalEncoding(nn.Module):
 def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
     """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V      (Vaswani et al. 2017, equation 1)
 
-    Every position asks a question, its query. Every position also offers a key, by which it can be found, and a value,
-    which it hands over; all three are learned projections of the position's vector. How well a key fits a query is
-    their dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these.
+    Each position is projected to three vectors: a query (what it looks for), a key (what it is matched by) and a value
+    (what it passes on). The score of a query and a key is their dot product, scaled. Softmax turns the scores of one
+    query into weights that sum to 1, and the output is the weighted average of the values.
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
-    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)).
+    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)). Time is T * S * d_k and memory T * S per
+    head: twice the text costs four times as much. F.scaled_dot_product_attention computes the same output in one fused
+    kernel, which is faster on a GPU but hides the weights; a test compares the two.
 
-    Three tokens, two dimensions, to follow on paper. The factor sqrt(2) undoes the scale, and ln 2 turns the
+    Three tokens, two dimensions, to work through by hand. The factor sqrt(2) cancels the scaling, and ln 2 turns the
     exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
-    (2, 1, 2), their shares (2/5, 1/5, 2/5), so its output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
+    (2, 1, 2), the weights (2/5, 1/5, 2/5), and the output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
 
     >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> query = math.sqrt(2) * math.log(2) * key
@@ -147,7 +155,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [4., 6.],
             [5., 5.]])
 
-    With a causal mask the first token sees only itself, the second itself and the first:
+    With a causal mask the first token attends only to itself, the second to itself and the first:
 
     >>> causal = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
     >>> scaled_dot_product_attention(query, key, value, causal)[1]
@@ -155,14 +163,15 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k terms of random sign and size 1 is about sqrt(d_k) large;
-    # undivided, it would saturate softmax: nearly all weight on one position, and hardly any gradient passes.
+    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms of size 1 has size sqrt(d_k). Without the division
+    # softmax would saturate: nearly all weight on one position, and almost no gradient for the others.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
-        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which does not fit into float16;
-        # not -inf, which makes a row with nothing to attend to NaN (here such a row is a harmless average).
+        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
+        # which turns a row with nothing to attend to into NaN (here such a row becomes a harmless uniform average).
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)                                                    # (..., T, S), rows sum to 1
+    # Dropout here cuts random connections between positions, so that no output relies on attending to one position.
     mixing = weights if dropout is None else dropout(weights)
     return mixing @ value, weights                                                      # (..., T, d_k), (..., T, S)
 
@@ -170,9 +179,9 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
 class KVCache:
     """The keys and values that one attention layer has already computed: (B, H, S, d_k) each.
 
-    A causal position never changes its mind: what it saw when it was written is all that it will ever see, so its key
-    and value stay the same however long the text becomes. Keeping them means that a new token costs one position of
-    work instead of all of them. The price is memory: 2 * NUM_LAYERS * B * S * C numbers.
+    Under a causal mask a position never depends on later tokens, so its key and value stay the same as the text grows.
+    With the cache, a new token costs its own projections and one row of attention scores; without it, every position is
+    computed again for every token. The price is memory: 2 * B * S * C numbers per attention layer that has a cache.
     """
 
     def __init__(self):
@@ -190,21 +199,22 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """H attentions side by side, each on its own d_k-wide projection of the input (section 3.2.2).
+    """H attention heads in parallel, each on its own d_k-wide projection of the input (section 3.2.2).
 
         MultiHead(x) = Concat(head_1, ..., head_H) W_O,   head_i = Attention(x W_Q_i, x W_K_i, x W_V_i)
 
-    One softmax can concentrate on one thing. Several heads can look at several at once: the digit that is to be named,
-    the word beside it, the end of the digits. All heads together cost what one full-width attention would.
+    One head outputs one weighted average. Several heads can attend to different positions at once: the digit that is
+    to be named, the previous word, the end of the digits. All heads together take as many multiplications as one head
+    of full width would; what grows is the memory, with H attention matrices (T, S) in place of one.
     """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side in one matrix: one large product
+        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side: one large matrix product
         self.key = nn.Linear(d_model, d_model)     # W_K
         self.value = nn.Linear(d_model, d_model)   # W_V
-        self.output = nn.Linear(d_model, d_model)  # W_O mixes what the heads have found
+        self.output = nn.Linear(d_model, d_model)  # W_O mixes the outputs of the heads
         self.dropout = nn.Dropout(dropout)
 
     def split_heads(self, x):
@@ -214,8 +224,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, mask, cache=None, attention_maps=None):
         """x (B, T, C) -> (B, T, C). mask: boolean, broadcastable to (B, H, T, S), True = may attend.
 
-        cache: a KVCache that holds what came before x, and is given x's keys and values too.
-        attention_maps: a list that receives this layer's weights (B, H, T, S), for pictures.
+        cache: a KVCache of the earlier positions; x's keys and values are appended to it.
+        attention_maps: a list to which this layer's weights (B, H, T, S) are appended, for pictures.
         """
         query = self.split_heads(self.query(x))                                         # (B, H, T, d_k)
         key, value = self.split_heads(self.key(x)), self.split_heads(self.value(x))     # (B, H, T, d_k)
@@ -230,8 +240,10 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
-    Attention moves information between positions; this is where each position works on what it has gathered. It holds
-    two thirds of a layer's parameters, if D_FF = 4 * D_MODEL.
+    Attention moves information between positions; the feed-forward network processes what each position has gathered.
+    Without the GELU, W_1 and W_2 would collapse into a single linear map. The wider the layer in between, the more
+    features it can detect and combine. With D_FF = 4 * D_MODEL it holds two thirds of a layer's parameters, or half
+    where the layer also has cross-attention.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -244,12 +256,17 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One round of communication (attention), one of thought (feed-forward), each added to what was there.
+    """Attention across positions, then a feed-forward network at each, both with residual connections.
 
-    The sums are the residual stream: a straight road from the embedding to the output, on which gradients travel back
-    undamped. Normalizing inside the branch ("pre-norm", GPT-2) leaves that road clear; the 2017 paper normalized after
-    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020). The norm is LayerNorm (Ba et
-    al. 2016): each position's vector is brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
+    The sums form the residual stream: an identity path from the embedding to the output, along which gradients flow
+    back undiminished. Normalizing inside the branch ("pre-norm", GPT-2) leaves that path free; the 2017 paper
+    normalized after the sum ("post-norm"), which needs careful warmup, the more so in deep stacks (Xiong et al. 2020).
+
+    The norm is LayerNorm (Ba et al. 2016): it shifts and scales each position's vector to mean 0 and variance 1, then
+    applies a learned scale and shift. (1, 2, 6) has mean 3 and variance 14/3, so it becomes (-2, -1, 3) / sqrt(14/3):
+
+    >>> F.layer_norm(torch.tensor([1.0, 2.0, 6.0]), normalized_shape=(3,))
+    tensor([-0.9258, -0.4629,  1.3887])
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
@@ -268,15 +285,15 @@ class DecoderLayer(nn.Module):
 
 
 def make_causal_mask(T: int, S: int, device=None) -> torch.Tensor:
-    """No looking ahead: the last T of S positions may each attend to themselves and to what stands before. (T, S).
+    """Causal mask (T, S): each of the last T of S positions may attend to itself and to all earlier ones.
 
     >>> make_causal_mask(3, 3).int()
     tensor([[1, 0, 0],
             [1, 1, 0],
             [1, 1, 1]], dtype=torch.int32)
 
-    With a cache only the newest positions are computed, and their rows of the mask are the last ones. A single new
-    token is the last position, not the first: it sees everything.
+    With a cache only the new positions are computed: the last rows of the full mask. A single new token is the last
+    position, not the first, so it attends to all positions.
 
     >>> make_causal_mask(1, 3).int()
     tensor([[1, 1, 1]], dtype=torch.int32)
@@ -285,56 +302,62 @@ def make_causal_mask(T: int, S: int, device=None) -> torch.Tensor:
 
 
 class DecoderOnlyTransformer(nn.Module):
-    """ids (B, S) -> logits (B, T, V): how likely each token is to come next, after each position."""
+    """ids (B, S) -> logits (B, T, V): unnormalized scores of the next token, at each of the last T positions."""
 
     def __init__(self, d_model: int, num_layers: int, num_heads: int, d_ff: int, dropout: float, max_length: int):
         super().__init__()
         check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length)
-        # What a checkpoint must agree on to fit this model, under the names that stand at the top of the file.
+        # What a checkpoint must match, under the names at the top of this file.
         self.constants = {"D_MODEL": d_model, "NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "D_FF": d_ff,
                           "MAX_LENGTH": max_length}
         self.embedding = nn.Embedding(len(VOCABULARY), d_model)
         self.positional_encoding = PositionalEncoding(d_model, max_length)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
-        # Pre-norm layers add to the stream without ever normalizing it, so it needs a norm before it is read off.
+        # Pre-norm layers never normalize the residual stream itself, hence the final norm.
         self.final_norm = nn.LayerNorm(d_model)
         self.apply(init_weights)
 
     def embed(self, ids, positions):
-        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C): what it is, and where."""
-        # Times sqrt(C) (section 3.4), so that the token is heard beside its position, whose sines are of order 1.
+        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C)."""
+        # Times sqrt(C) (section 3.4), so that the positional encoding, of order 1, does not dominate the embedding.
         x = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)               # (B, T, C)
         return self.dropout(x + self.positional_encoding(positions))                    # (B, T, C)
 
     def forward(self, ids, cache=None, attention_maps=None):
-        """Logits for what follows each position. `ids` is always the whole text so far, (B, S).
+        """Next-token logits. `ids` is always the whole text so far, (B, S).
 
-        cache: from new_cache(). It knows how many positions it has seen; only the T that are new are computed.
-        Padding may stand left (prompts) or right (training batches): it is never attended to, and positions are counted
-        from the first real token, so a text gives the same logits whatever it is padded with.
+        cache: from new_cache(). Only the T positions that it does not hold yet are computed.
+
+        Padding may stand on the left (prompts) or on the right (training batches) and never changes the logits of real
+        tokens. On the right the causal mask hides it already; the padding mask is needed on the left. Positions are
+        counted from the first real token.
         """
         check_length(ids, self.constants["MAX_LENGTH"])
-        start = 0 if cache is None else len(cache[0])
+        S, start = ids.size(1), 0 if cache is None else len(cache[0])
         positions = ((ids != PAD_ID).cumsum(dim=1) - 1).clamp(min=0)                    # (B, S): 0 at the first token
-        mask = make_padding_mask(ids) & make_causal_mask(ids.size(1) - start, ids.size(1), ids.device)  # (B, 1, T, S)
+        mask = make_padding_mask(ids)                                                   # (B, 1, 1, S)
+        if S - start > 1:  # a single new token comes last: nothing later is there to be hidden
+            mask = mask & make_causal_mask(S - start, S, ids.device)                    # (B, 1, T, S)
         x = self.embed(ids[:, start:], positions[:, start:])                            # (B, T, C)
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, None if cache is None else cache[i], attention_maps)
-        # logits = norm(x) E^T: a token's logit is how well the output fits its embedding. Input and output share the
-        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and each end learns from the other.
+        # logits = norm(x) E^T: a token's logit is the output's dot product with its embedding. Input and output share
+        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
         return F.linear(self.final_norm(x), self.embedding.weight)                      # (B, T, V)
 
     def new_cache(self) -> list[KVCache]:
-        """An empty cache for one call of generate: a KVCache for each layer."""
+        """An empty cache for one call of generate: one KVCache per layer."""
         return [KVCache() for _ in self.layers]
 
 
 def init_weights(module: nn.Module) -> None:
-    """Random weights that let signals through at their own size: Xavier (Glorot & Bengio 2010), biases of zero.
+    """Xavier initialization (Glorot & Bengio 2010), which preserves the variance of activations; zero biases.
 
-    Embeddings start so small that the factor sqrt(C) makes them 0.5 large. They are also the output layer, where larger
-    ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
+    Embeddings have standard deviation 0.5 after the factor sqrt(C). The same table is the output layer, where larger
+    values would make the first predictions confident and wrong; with these the first loss is near ln V, that of uniform
+    guessing. Near, not at: a token's vector is still most similar to itself, so with tied weights an untrained model
+    tends to repeat its input, which costs it a little more than guessing (training prints both figures).
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -355,22 +378,25 @@ def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, loss_on_prompt=LOSS_ON_
 
 
 def predict(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's logits for a batch (B, T, V), and the targets that they are meant to hit (B, T).
+    """The model's logits for a batch (B, T, V), and its targets (B, T).
 
-    Teacher forcing: the model is shown the true text, not its own, and every position predicts its next token at once.
-    The causal mask keeps each from reading its answer off its right neighbour. One pass trains T predictions.
+    Teacher forcing: the input is the true text, not the model's own output, so one pass trains all T predictions in
+    parallel. The causal mask hides each position's target, which is the next input token. The price is exposure bias
+    (Bengio et al. 2015): in training the model never sees a text that it got wrong, in generation it may have to
+    continue one.
     """
     device = next(model.parameters()).device
     return model(batch["ids"].to(device)), batch["targets"].to(device)
 
 
 def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross-entropy of a batch, and the number of targets that it is the sum of; loss = sum / number.
+    """The summed cross-entropy of a batch and its number of targets; loss = sum / number.
 
-        loss = -1/N  sum over the N targets of  log p(target)            (nats)
+        loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
-    Kept apart, so that whoever adds up several batches (gradient accumulation, several GPUs, a whole test set) can
-    weigh each target alike. The mean of the batches' means would count a target more where there are few.
+    A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
+    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight every
+    target equally. The mean of batch means would overweight the targets of small batches.
     """
     logits, targets = predict(model, batch)
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -380,12 +406,12 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS) -> float:
     """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE_RATIO * peak at the last step.
 
-    Warmup: Adam's first estimates of each gradient's size come from a handful of batches; full-size steps on such
-    estimates can throw the weights where they never recover. Decay: large steps find the valley, small ones its floor.
+    Warmup: Adam's first estimates of gradient sizes come from a handful of batches, and full-size steps on such
+    estimates can derail training for good. Decay: large steps make fast progress, small ones settle into a minimum.
     """
     warmup_steps = min(warmup_steps, num_steps // 5)      # a short run must not be all warmup
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps           # never 0: the first step would be wasted
+        return peak * (step + 1) / warmup_steps           # never 0: that would waste the first step
     progress = (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps)
     lowest = peak * FINAL_LEARNING_RATE_RATIO
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -394,33 +420,35 @@ def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_ST
 def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), with weight decay on the matrices of the Linear layers and on nothing else.
 
-    Decay says "no weight without need". A norm's scale belongs near 1, not 0; a bias is one number against a matrix of
-    them; and a rare word's embedding would shrink at every step at which the word does not even occur.
+        m <- beta_1 m + (1 - beta_1) gradient           v <- beta_2 v + (1 - beta_2) gradient^2
+        weight <- weight - learning_rate * (m / (sqrt(v) + epsilon) + weight_decay * weight)
+
+    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square: so
+    all weights move by about the learning rate per step, whether their gradients are large or tiny. (Both means are
+    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them. Norms are left out,
+    since their scale belongs near 1; so are biases, which are few, and by convention embeddings.
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) forgets old gradient sizes sooner than the usual 0.999, which
-    # averages over a thousand steps: too slow for so short a training.
+    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) averages squared gradients over about 50 steps; the default
+    # 0.999 averages over 1,000, too many for so short a run.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
-    """The heart of training: one batch, one update of all weights. Returns the loss and the gradient's norm.
+    """One step of training: a batch, its gradient, one update of all weights. Returns the loss and the gradient norm.
 
-        gradient <- d loss / d weights,   shortened to GRAD_CLIP if it is longer
-        weights  <- weights - learning_rate * AdamW(gradient)
-
-    Raises FloatingPointError, before the weights are touched, when the loss is not finite or far above ln V.
+    Raises FloatingPointError, before the weights are changed, when the loss is not finite or far above ln V.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss_sum, num_targets = compute_loss(model, batch)
     loss = loss_sum / num_targets.clamp(min=1)    # a batch without targets gives 0, not 0 / 0
-    optimizer.zero_grad()                         # backward adds to .grad: without this, gradients accumulate
+    optimizer.zero_grad()                         # backward adds to .grad; without this, gradients accumulate
     loss.backward()
-    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one is scaled down, its direction kept.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     # Comparisons with NaN are False. Above 10 ln V the run has diverged too, even if clipping keeps the loss finite.
     if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
@@ -430,12 +458,12 @@ def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
-    """Train the model in place, and look at the validation numbers num_evaluations times on the way.
+    """Train the model in place, and evaluate it on the validation numbers num_evaluations times on the way.
 
-    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to move on; without it this shows its
-    own, and a line at each evaluation. Returns the history, one dict per step: step, loss, learning_rate, grad_norm
-    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss is no
-    longer finite, or has left all reason.
+    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to advance; without it, train shows
+    its own, and at each evaluation a line with an example (from answer, which calls generate; both come below).
+    Returns the history, one dict per step: step, loss, learning_rate, grad_norm and, where there was an evaluation,
+    validation_loss and exact_match. Raises FloatingPointError when training diverges.
     """
     check_training(num_epochs, learning_rate)
     optimizer = create_optimizer(model, learning_rate)
@@ -455,7 +483,7 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"Training diverged: {error} at step {step}. Lower LEARNING_RATE = {learning_rate} or raise "
-                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.") from None
+                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint is untouched.") from None
             history.append({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm})
             bar.update()
             if step not in evaluation_steps:
@@ -471,15 +499,15 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     return history
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, loader) -> dict:
-    """Test on numbers that were not trained on. Returns loss (nats per target), exact_match and mistakes.
+    """Evaluate on held-out numbers. Returns loss (nats per target), exact_match and mistakes.
 
-    exact_match: share of the numbers whose whole answer is right, each word of it. A name with one wrong word is the
-    name of another number, so nothing less counts. mistakes: the indices of the others, in the loader's order.
+    exact_match: fraction of the numbers whose every answer token is correct. One wrong word makes the name of another
+    number, or no name at all, so nothing less counts. mistakes: the indices of the others, in the loader's order.
 
-    It asks for each word given the true words before it. That is no easier than writing the answer alone: as long as
-    greedy decoding makes no mistake it has the same words before it, and its first mistake is a mistake here too.
+    Each word is predicted given the true words before it. For greedy decoding that makes no difference: until its first
+    mistake it sees the same prefix, and that mistake counts here too.
     """
     was_training = model.training
     model.eval()
@@ -488,8 +516,8 @@ def evaluate(model, loader) -> dict:
         logits, targets = predict(model, batch)
         loss_sum += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         num_targets += (targets != IGNORE).sum().item()
-        answer_asked = (batch["ids"].to(targets.device) == SEP_ID).cumsum(dim=1) > 0  # (B, T): not the prompt's digits
-        hit = (logits.argmax(dim=-1) == targets) | (targets == IGNORE) | ~answer_asked  # (B, T)
+        in_answer = (batch["ids"].to(targets.device) == SEP_ID).cumsum(dim=1) > 0       # (B, T): not in the prompt
+        hit = (logits.argmax(dim=-1) == targets) | (targets == IGNORE) | ~in_answer     # (B, T)
         right += hit.all(dim=1).tolist()
     model.train(was_training)
     return {"loss": loss_sum / max(1, num_targets), "exact_match": sum(right) / len(right),
@@ -499,57 +527,61 @@ def evaluate(model, loader) -> dict:
 # ======================================================================================================
 # GENERATION
 # ======================================================================================================
-# A strategy decides which of V likely tokens is written. Each is a function logits (B, V) -> logits (B, V), in which
-# what it rules out has become -inf; softmax over what is left gives the probabilities to draw from.
+# A decoding strategy picks the next token from the vocabulary. Each filter below maps logits (B, V) to logits (B, V);
+# excluded tokens get -inf, and softmax over the rest gives the distribution to sample from.
 
 
 def scale_by_temperature(logits, temperature):
-    """softmax(logits / temperature): below 1 sharper (the likely gets likelier), above 1 flatter, 1 as learned."""
+    """softmax(logits / temperature): below 1 sharpens the distribution, above 1 flattens it."""
     return logits / temperature
 
 
 def keep_top_k(logits, k):
-    """Keep the k likeliest tokens (Fan et al. 2018). A fixed number: too many where one token is clear, too few where
-    a hundred would do.
+    """Keep the k most likely tokens (Fan et al. 2018). k is fixed: too many when the model is confident, too few when
+    it is not.
 
     >>> keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), k=2)
     tensor([[3., -inf, 2., -inf]])
     """
-    kept = logits.topk(min(k, logits.size(-1)), dim=-1).indices  # by index, so that ties don't let in more than k
+    kept = logits.topk(min(k, logits.size(-1)), dim=-1).indices  # by index, so that ties do not let in more than k
     return torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
 
 
 def keep_top_p(logits, p):
-    """Keep the fewest likeliest tokens that together have probability p or more (Holtzman et al. 2020, "nucleus").
+    """Keep the smallest set of most likely tokens with total probability p or more (Holtzman et al. 2020, "nucleus").
 
-    Few where the model is sure, many where it is not. The token that crosses p is kept: it takes it to get there.
+    The set is small when the model is confident and large when it is not. The token that crosses p is kept; without it
+    the sum falls short.
 
     >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), p=0.7).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000, 0.0000]])
     """
     if p == 1:
-        return logits  # everything; by the rule below rounding might cost a token
+        return logits  # keep all; the rule below could drop one by rounding
     descending, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = descending.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities        # the mass of all likelier tokens, this one not counted
-    descending = descending.masked_fill(before >= p, -math.inf)  # they had reached p without it
+    before = probabilities.cumsum(dim=-1) - probabilities        # total probability of all more likely tokens
+    descending = descending.masked_fill(before >= p, -math.inf)  # they reach p without this one
     return torch.empty_like(logits).scatter(-1, order, descending)
 
 
 def penalize_repetition(logits, written, penalty):
-    """Make tokens that were already written less likely (Keskar et al. 2019, CTRL, section 4.1). written: (B, T) ids.
+    """Make generated tokens less likely (Keskar et al. 2019, CTRL, section 4.1). written: (B, T) ids.
 
-    Positive logits are divided by the penalty, negative ones multiplied: both move down. Meant for models that fall
-    into loops. In a language where "two hundred two" is right, it can only do harm: see for yourself.
+    Positive logits are divided by the penalty and negative ones multiplied, so both move down. (The paper divides all
+    of them, which makes tokens with negative logits more likely; multiplying those is the fix in common use.) Meant
+    for models that get stuck in loops. In a language with "two hundred two" it can only hurt: try it.
     """
     if not penalty > 0:
-        raise InputError(f"repetition_penalty {penalty} must be above 0: 1 changes nothing, 1.2 works.")
+        raise InputError(f"repetition_penalty {penalty} must be positive: 1 disables it; try 1.2.")
+    if penalty == 1:
+        return logits
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, written, True)
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def choose_tokens(logits, temperature, top_k, top_p, generator):
-    """One token for each row: logits (B, V) -> ids (B). Temperature 0 is greedy: always the likeliest."""
+    """One token per row: logits (B, V) -> ids (B). Temperature 0 is greedy: always the most likely token."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = scale_by_temperature(logits, temperature)
@@ -560,27 +592,29 @@ def choose_tokens(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator).squeeze(1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts: list[list[int]], max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, top_k=TOP_K,
              top_p=TOP_P, repetition_penalty=REPETITION_PENALTY, use_cache=True, generator=None) -> torch.Tensor:
-    """Continue each prompt (a list of ids) until <EOS> or the limit. Returns the new ids alone, (B, T_new).
+    """Continue each prompt (a list of ids) until <EOS> or the limit. Returns only the new ids, (B, T_new).
 
-    Prompts may differ in length: short ones are padded at the LEFT, so that all continue at the same column. After its
-    <EOS> a row holds only <PAD>. generator: a torch.Generator to draw from, in place of the global one.
+    Prompts may differ in length: short ones are padded on the LEFT, so that all rows end at the same column. After its
+    <EOS> a row holds only <PAD>. generator: a torch.Generator to sample from, in place of the global one.
     """
     check_generation(temperature, top_k, top_p, max_new_tokens)
     if not prompts or not all(prompts):
-        raise InputError("generate needs at least one prompt, and in each at least one token, such as <SOS>.")
+        raise InputError("generate needs at least one prompt, and each prompt at least one token, such as <SOS>.")
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     ids = torch.tensor([[PAD_ID] * (longest - len(p)) + p for p in prompts], device=device)  # (B, longest)
+    check_length(ids, model.constants["MAX_LENGTH"])
     cache = model.new_cache() if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    # + 1: the last token that is generated is never read, so it needs no position.
     for _ in range(min(max_new_tokens, model.constants["MAX_LENGTH"] + 1 - longest)):
-        logits = model(ids, cache)[:, -1].float()                            # (B, V), for what follows the last token
-        logits[:, PAD_ID] = -math.inf                                        # padding is not a word
+        logits = model(ids, cache)[:, -1].float()          # (B, V), in float32 whatever the model computes in
+        logits[:, PAD_ID] = -math.inf                      # never generate padding
         logits = penalize_repetition(logits, ids[:, longest:], repetition_penalty)
         new = choose_tokens(logits, temperature, top_k, top_p, generator)    # (B)
         new = new.masked_fill(done, PAD_ID)
@@ -593,18 +627,18 @@ def generate(model, prompts: list[list[int]], max_new_tokens=MAX_NEW_TOKENS, tem
 
 
 def make_prompt(number: int) -> list[int]:
-    """The beginning of a text that only the number's name can continue: <SOS> 3 4 2 <SEP>."""
+    """The prompt for naming a number: <SOS> 3 4 2 <SEP>."""
     return to_ids(["<SOS>", *str(number), "<SEP>"])
 
 
 def to_words(ids: torch.Tensor) -> str:
-    """One row of generate's answer as text, up to <EOS>."""
+    """One row of generated ids as text, up to <EOS>."""
     tokens = to_tokens(ids.tolist())
     return " ".join(tokens[: tokens.index("<EOS>")] if "<EOS>" in tokens else tokens)
 
 
 def answer(model, numbers: list[int]) -> list[str]:
-    """What the model says to each number, greedily; wrong answers are marked, with what would have been right."""
+    """The model's greedy answer for each number; wrong ones are marked, with the correct answer."""
     lines = []
     for number, ids in zip(numbers, generate(model, [make_prompt(n) for n in numbers], temperature=0.0)):
         said, truth = to_words(ids), " ".join(number_to_words(number))
@@ -682,23 +716,23 @@ def check_generation(temperature, top_k, top_p, max_new_tokens) -> None:
 
 
 def all_constants(model) -> dict:
-    """What a checkpoint was made with: the model's sizes, and the language and the numbers that it learned."""
+    """What a checkpoint depends on: the model's sizes, the language, and the training numbers."""
     data = {name: getattr(toy_dataset, name) for name in ("MAX_DIGITS", "NUM_TRAIN", "SEED")}
     return model.constants | {f"toy_dataset.{name}": value for name, value in data.items()}
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError, naming the folder, if nothing can be written where path is."""
+    """Create the folder of path. Raises OSError, naming the folder, if nothing can be written there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} is not writable: change its permissions, or CHECKPOINT in this file.")
 
 
 def save(model, path=CHECKPOINT) -> None:
-    """Write weights and constants to path. What stood there before is kept beside it, as *.old.
+    """Write weights and constants to path. An existing file is kept as *.old.
 
-    Atomic: the file is written under another name and then renamed, which happens at once or not at all. Whatever is
-    killed at whatever moment, under the checkpoint's name there is a whole checkpoint: the old one or the new.
+    Atomic: the file is written under another name and then renamed, which happens completely or not at all. Whenever
+    the process is killed, path holds a complete checkpoint, the old or the new, or none if there was none.
     """
     path = Path(path)
     check_writable(path)
@@ -713,13 +747,13 @@ def save(model, path=CHECKPOINT) -> None:
 def load(path=CHECKPOINT, model=None):
     """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
 
-    Raises InputError when the file is no checkpoint, or not one of this model and these constants; FileNotFoundError
-    when there is none.
+    Raises InputError if the file is not a checkpoint of this model with these constants; FileNotFoundError if there is
+    none.
     """
     model = build_model() if model is None else model
     remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
     try:
-        # A pickle may hold any code, and run it when it is read. weights_only reads tensors, numbers and texts alone.
+        # Unpickling can execute arbitrary code; weights_only allows only tensors and plain values.
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         architecture, constants, weights = (checkpoint[key] for key in ("architecture", "constants", "weights"))
     except (FileNotFoundError, PermissionError):
@@ -730,8 +764,8 @@ def load(path=CHECKPOINT, model=None):
         raise InputError(f"{path} holds a {architecture}, not a {type(model).__name__}. {remedy}")
     for name, today in all_constants(model).items():
         if constants.get(name) != today:
-            raise InputError(f"{path} was made with {name} = {constants.get(name)}, and now it is {today}. Change it "
-                             f"back. Or: {remedy}")
+            raise InputError(f"{path} was saved with {name} = {constants.get(name)}, but now it is {today}. Change it "
+                             f"back, or: {remedy}")
     model.load_state_dict(weights)
     return model.eval()
 
@@ -742,45 +776,49 @@ def load(path=CHECKPOINT, model=None):
 
 
 def parameter_formula(model) -> tuple[str, int]:
-    """How many parameters there should be, by arithmetic: the formula, and its value."""
+    """The expected number of parameters: as a formula, and its value."""
     V, C, F, L = len(VOCABULARY), *(model.constants[name] for name in ("D_MODEL", "D_FF", "NUM_LAYERS"))
     formula = "V*C + L*(4*(C*C + C) + (C*F + F) + (F*C + C) + 4*C) + 2*C"
     return formula, V * C + L * (4 * (C * C + C) + (C * F + F) + (F * C + C) + 4 * C) + 2 * C
 
 
+@torch.inference_mode()
 def print_configuration(model, loaders) -> None:
-    """What is about to be trained, and what its loss can be expected to be, before the first step."""
+    """What is about to be trained, and which losses to expect, before the first step."""
     print(f"{type(model).__name__} on {next(model.parameters()).device}:\n  "
           + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
     count = sum(parameter.numel() for parameter in model.parameters())
     formula, expected = parameter_formula(model)
-    print(f"Parameters: {count:,}, and by arithmetic {expected:,}\n  = {formula}")
+    print(f"Parameters: {count:,}, expected {expected:,}\n  = {formula}")
     sizes = [f"{len(loader.dataset):,}" for loader in loaders]
-    print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
-    with torch.no_grad():
-        loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
-    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V), {loss_sum / num_targets:.3f} this model, "
-          f"untrained;\n  {describe_floor(loaders.validation.dataset)}\n")
+    print(f"Data: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test numbers, disjoint")
+    batch = next(iter(loaders.validation))
+    loss_sum, num_targets = compute_loss(model, batch)
+    inputs = batch["target" if "target" in batch else "ids"]                            # (B, T)
+    repeated = (predict(model, batch)[0].argmax(dim=-1).cpu() == inputs)[inputs != PAD_ID].float().mean()
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} for uniform guessing (ln V), {loss_sum / num_targets:.3f} for the "
+          f"untrained model\n  ({repeated:.0%} of its predictions repeat the token at their own position: input and\n"
+          f"  output share one embedding table), {describe_floor(loaders.validation.dataset)}\n")
 
 
 def describe_floor(dataset) -> str:
-    """The least loss that is possible on these numbers, as text.
+    """The loss of an ideal model on these numbers, as text.
 
-    The name follows from the digits, so a perfect model loses nothing there. The digits follow from nothing: nobody can
-    do better than to know how the training numbers were drawn. A number of n digits then has the probability
+    The name follows from the digits, so an ideal model loses nothing there. The digits are random: the best that can be
+    learned is how the training numbers were drawn. A number of n digits then has the probability
     (share of n digits in the training numbers) / (how many numbers of n digits there are), and costs -log of that.
     """
     if not LOSS_ON_PROMPT:
-        return "0 the least possible, as names follow from digits"
+        return "0 for an ideal model, as digits determine names"
     lengths = [len(str(number)) for number in toy_dataset.make_splits().train]
     share = {n: lengths.count(n) / len(lengths) / (9 * 10 ** (n - 1) if n > 1 else 10) for n in set(lengths)}
     nats = sum(-math.log(share[len(str(number))]) for number in dataset.numbers)
     num_targets = sum(target != IGNORE for example in dataset.examples for target in example["targets"])
-    return f"{nats / num_targets:.3f} the least possible"
+    return f"{nats / num_targets:.3f} for an ideal model"
 
 
 def read_text(ids: torch.Tensor) -> int | None:
-    """The number, if one row of generated ids is a right sentence, its digits, <SEP>, its name, <EOS>; else None."""
+    """The number, if one row of generated ids is valid (digits, <SEP>, their name, <EOS>); else None."""
     digits, _, words = to_words(ids).partition(" <SEP> ")
     try:
         number = parse_number(digits.replace(" ", ""))
@@ -790,7 +828,7 @@ def read_text(ids: torch.Tensor) -> int | None:
 
 
 def show_strategies(model) -> None:
-    """The same prompts under each strategy: 500 held-out numbers to name, and 500 times nothing but <SOS>."""
+    """Each decoding strategy on the same prompts: 500 held-out numbers to name, and 500 unconditional samples."""
     strategies = {
         "greedy": dict(temperature=0.0),
         "temperature 0.7": dict(temperature=0.7),
@@ -799,13 +837,14 @@ def show_strategies(model) -> None:
         "top-k 5": dict(temperature=1.0, top_k=5),
         "top-p 0.9": dict(temperature=1.0, top_p=0.9),
         "repetition penalty 2": dict(temperature=0.0, repetition_penalty=2.0),
-        "your constants": {},  # TEMPERATURE, TOP_K, TOP_P and REPETITION_PENALTY as they stand at the top
+        "your constants": {},  # TEMPERATURE, TOP_K, TOP_P and REPETITION_PENALTY as set at the top
     }
     held_out = toy_dataset.make_splits().test[:500]
     samples = []
-    print("\nSTRATEGIES, on the same prompts: 500 held-out numbers, <SOS> digits <SEP> (named: the share named\n"
-          "right), and 500 times <SOS> alone (distinct: the share of different texts; valid: of those whose\n"
-          f"words name their digits)\n\n  {'':22}{'named':>8}{'distinct':>10}{'valid':>8}{'tokens/s':>10}")
+    print("\nSTRATEGIES, on the same prompts. exact match: 500 held-out numbers to name, <SOS> digits <SEP>.\n"
+          "500 unconditional samples, from <SOS> alone: distinct, the fraction of different texts; valid,\n"
+          f"the fraction whose words name their digits.\n\n  {'':22}{'exact match':>12}{'distinct':>10}{'valid':>8}"
+          f"{'tokens/s':>10}")
     for name, settings in strategies.items():
         generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
         named = generate(model, [make_prompt(number) for number in held_out], generator=generator, **settings)
@@ -815,14 +854,14 @@ def show_strategies(model) -> None:
         seconds = time.perf_counter() - start
         distinct = len(set(map(to_words, free)))
         valid = sum(read_text(ids) is not None for ids in free)
-        print(f"  {name:22}{right / 500:8.1%}{distinct / 500:10.1%}{valid / 500:8.1%}"
+        print(f"  {name:22}{right / 500:12.1%}{distinct / 500:10.1%}{valid / 500:8.1%}"
               f"{(free != PAD_ID).sum().item() / seconds:10,.0f}")
         samples.append(f"  {name:22}{to_words(free[0])[:75]}")
-    print("\nThe first text that each wrote after <SOS>:\n" + "\n".join(samples))
+    print("\nThe first unconditional sample of each:\n" + "\n".join(samples))
 
 
 def show_cache(model) -> None:
-    """The KV cache: the same tokens, in less time; and how much less depends on the length of the text."""
+    """KV cache: the same tokens in less time; the speedup grows with the length of the text."""
     prompts = [make_prompt(number) for number in toy_dataset.make_splits().test[:500]]
     seconds, texts = {}, {}
     for use_cache in (False, True):
@@ -830,12 +869,12 @@ def show_cache(model) -> None:
         texts[use_cache] = generate(model, prompts, temperature=0.0, use_cache=use_cache)
         seconds[use_cache] = time.perf_counter() - start
     print(f"\nKV CACHE, 500 names of up to {MAX_WORDS} words: {seconds[False]:.2f} s without, {seconds[True]:.2f} s "
-          f"with it; the same tokens: {torch.equal(texts[False], texts[True])}.\n"
-          "The longer the text, the more it saves: python compare_architectures.py has the table.")
+          f"with; the same tokens: {torch.equal(texts[False], texts[True])}.\n"
+          "The longer the text, the more it saves: python compare_architectures.py prints the table.")
 
 
 def train_and_test():
-    """Train a model as the constants say, test it once on the test numbers, and save it."""
+    """Train a model with the constants above, test it on the test numbers, and save it."""
     check_writable(CHECKPOINT)  # before a minute of training, not after it
     torch.manual_seed(SEED)
     model, loaders = build_model(), create_dataloaders()
@@ -843,7 +882,7 @@ def train_and_test():
     train(model, loaders)
     found = evaluate(model, loaders.test)
     numbers = loaders.test.dataset.numbers
-    print(f"\nTEST on {len(numbers):,} numbers never seen: {found['exact_match']:.2%} named without a mistake, "
+    print(f"\nTEST on {len(numbers):,} held-out numbers: {found['exact_match']:.2%} exact match, "
           f"{len(found['mistakes'])} wrong\n  (loss {found['loss']:.4f}; {describe_floor(loaders.test.dataset)})")
     if found["mistakes"]:
         print("  " + "\n  ".join(answer(model, [numbers[i] for i in found["mistakes"][:5]])))
@@ -861,8 +900,8 @@ def main(*numbers: int) -> None:
     print("\nEXAMPLES, greedy\n  " + "\n  ".join(answer(model, EXAMPLES)))
     show_strategies(model)
     show_cache(model)
-    print("\nNext: python decoder_only.py 342 90210, or change a constant at the top of the file and run it\n"
-          "again; then `diff decoder_only.py encoder_decoder.py`: what a second text costs.")
+    print("\nNext: python decoder_only.py 342 90210, or change a constant at the top and run it again.\n"
+          "Then read encoder_decoder.py: what a second sequence adds.")
 
 
 if __name__ == "__main__":

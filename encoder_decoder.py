@@ -1,8 +1,8 @@
-"""encoder_decoder.py - a T5-style transformer: reads one sequence, writes another.
+"""encoder_decoder.py - the encoder-decoder transformer of 2017, in the role of T5: one sequence in, another out.
 
-What it is. Two stacks. The encoder reads the source in both directions and leaves one vector per position, the memory.
-The decoder writes the target from left to right, as a GPT does, and in every layer looks across at the memory: this
-cross-attention is the only road between the two. It is the transformer of the 2017 paper, made for translation.
+What it is. Two stacks. The encoder reads the source bidirectionally and outputs one vector per position, the memory.
+The decoder generates the target from left to right, like a GPT, and every layer also attends to the memory. This
+cross-attention is the only connection between the two.
 
                                               targets    three hundred forty  two   <EOS>
                                                            ^      ^      ^     ^      ^
@@ -16,7 +16,7 @@ cross-attention is the only road between the two. It is the transformer of the 2
          ^     ^     ^     ^                               ^      ^      ^     ^      ^
          3     4     2   <EOS>   source       target     <SOS>  three hundred forty  two
 
-What may look at what (# yes, . no):  the encoder at everything, the decoder at its own past and at the whole source.
+Attention masks (# = may attend): the encoder attends to everything, the decoder to its own past and the whole source.
 
             3 4 2 <EOS>                   <SOS> three hundred                  3 4 2 <EOS>
     3       # # #   #           <SOS>       #     .      .         <SOS>       # # #   #
@@ -25,19 +25,26 @@ What may look at what (# yes, . no):  the encoder at everything, the decoder at 
     <EOS>   # # #   #
           encoder                        decoder, self                      decoder, cross
 
-What it is for: turning one sequence into another, translation, summary, speech to text; whenever there is a whole input
-to be understood before, and while, the output is written. What it is not for: text without a source. It would carry
-an encoder for nothing. compare_architectures.py lets it try.
+What it is for: sequence-to-sequence tasks (translation, summarization, speech recognition), where the whole input is
+available before generation starts.
+What it is not for: unconditional generation, where the encoder is dead weight (compare_architectures.py tries it).
 
-What you will see when you run it (about a minute on two CPU cores): training, the share of held-out numbers that it
-names without a mistake, greedy decoding, sampling and beam search on the same sources, the hypotheses of one beam, and
-which digit the model looks at for which word.
+What you will see when you run it (about a minute on two CPU cores): training; the exact-match accuracy on held-out
+numbers; greedy decoding, sampling and beam search on the same sources; the hypotheses of one beam; and the
+cross-attention from each word to the digits.
 
     python encoder_decoder.py               train, test, show, and save checkpoints/encoder_decoder.pt
     python encoder_decoder.py 342 90210     name these numbers with the saved model (trains first if there is none)
 
-Papers: Vaswani et al. 2017, "Attention Is All You Need"; Raffel et al. 2020 (T5); Wu et al. 2016 (beam search in use).
-Simplified here: sinusoidal positions, where T5 learns relative ones; LayerNorm, where T5 has RMSNorm; no pretraining.
+How to read it. From the top: attention, the layers, the model, training, generation. A first reading may stop at
+BUILDING A MODEL; what follows is validation, checkpoints and demonstrations.
+
+Papers: Vaswani et al. 2017, "Attention Is All You Need"; Raffel et al. 2020 (T5); Wu et al. 2016 (GNMT, beam search).
+Simplified here, compared with the 2017 paper: pre-norm layers and GELU in place of post-norm and ReLU. Compared with
+T5: no pretraining by span corruption; sinusoidal positions, where T5 learns a bias per relative distance; LayerNorm,
+where T5 has RMSNorm; 1/sqrt(d_k) and sqrt(C) scale scores and embeddings, where T5 scales neither; biases, which T5
+leaves out; GELU, where T5 has ReLU (version 1.1: gated GELU). Compared with GNMT: a length penalty of length**p, not
+((5 + length) / 6)**p, and no coverage term.
 
 Letters used for shapes, here and in the other two files:
 B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
@@ -64,33 +71,33 @@ from toy_dataset import align, make_padding_mask, number_to_words, parse_number,
 # ======================================================================================================
 
 # --- model ---
-D_MODEL = 128         # width: how many numbers describe a token. Try 32 (too narrow?), 256 (slower; better?)
-NUM_LAYERS = 2        # in the encoder, and as many in the decoder. Try 1, 4
-NUM_HEADS = 4         # attention patterns side by side, each D_MODEL / NUM_HEADS wide. Try 1, 8
+D_MODEL = 128         # width: the size of a token's vector. Try 32 (too narrow?), 256 (slower; better?)
+NUM_LAYERS = 2        # layers per stack, encoder and decoder. Try 1, 4
+NUM_HEADS = 4         # attention heads, each D_MODEL / NUM_HEADS wide. Try 1, 8
 D_FF = 512            # inner width of the feed-forward network; 4 * D_MODEL is customary. Try 128, 1024
-DROPOUT = 0.0         # share of values zeroed in training, against memorizing. Try 0.1: too few steps here to need it?
-MAX_LENGTH = 64       # longest source, and longest target. Try 8 (too short: see what it says), 1024
+DROPOUT = 0.0         # fraction of activations zeroed in training, against overfitting. Try 0.1: does it help here?
+MAX_LENGTH = 64       # maximum length of source and target. Try 8 (too short: see the error), 1024
 
 # --- training ---
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 8        # passes over the training numbers. Try 1, 3, 20
-LEARNING_RATE = 1e-3  # the peak. Try 1e-4 (slow), 2e-2 (unstable), 10 (stopped with a sentence)
+LEARNING_RATE = 1e-3  # the peak. Try 1e-4 (slow), 2e-2 (unstable), 10 (diverges: see the error)
 FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
-WARMUP_STEPS = 200    # steps from near zero to the peak. Try 0 (a rough start), 500
-WEIGHT_DECAY = 0.1    # pull of the weight matrices towards zero. Try 0, 1.0
-GRAD_CLIP = 1.0       # longest gradient allowed; longer ones are shortened to it. Try 0.1, 100
-SEED = 0              # initial weights, order of batches, sampling. Try 1: how much of the result is luck?
+WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
+WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
+GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
+SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
 
 # --- generation ---
-MAX_NEW_TOKENS = 24   # stop here, should <EOS> never come. Try 3: cut-off names
-TEMPERATURE = 0.0     # 0 always takes the likeliest token; 1 samples as the model believes. Try 0.7, 1.5
-TOP_K = None          # sample among the k likeliest only. Try 5 (with TEMPERATURE 1)
-TOP_P = None          # sample among the fewest that together have this probability. Try 0.9 (with TEMPERATURE 1)
-BEAM_WIDTH = 5        # texts kept in play by beam search. Try 1 (greedy), 10
-LENGTH_PENALTY = 1.0  # score = log_prob / length**this: 0 favours short texts, above 1 long ones. Try 0, 2
+MAX_NEW_TOKENS = 24   # limit if <EOS> is never generated. Try 3: cut-off names
+TEMPERATURE = 0.0     # 0 is greedy; 1 samples from the model's distribution. Try 0.7, 1.5
+TOP_K = None          # sample from the k most likely tokens only. Try 5 (with TEMPERATURE 1)
+TOP_P = None          # sample from the smallest set with this total probability. Try 0.9 (with TEMPERATURE 1)
+BEAM_WIDTH = 5        # hypotheses that beam search keeps per source. Try 1 (greedy), 10
+LENGTH_PENALTY = 1.0  # score = log_prob / length**this: 0 favors short texts, above 1 long ones. Try 0, 2
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
 PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
-DETAILED_EXAMPLE = 90210  # the number whose beam search and cross-attention are shown
+DETAILED_EXAMPLE = 90210   # the number whose beam search and cross-attention are shown
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "encoder_decoder.pt"
 
@@ -100,15 +107,16 @@ CHECKPOINT = Path(__file__).parent / "checkpoints" / "encoder_decoder.pt"
 
 
 class PositionalEncoding(nn.Module):
-    """Tells a position from another: a fixed vector of sines and cosines for each (Vaswani et al. 2017, section 3.5).
+    """A fixed, distinct vector of sines and cosines for each position (Vaswani et al. 2017, section 3.5).
 
         PE(pos, 2i)   = sin(pos / 10000^(2i / C))
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
-    Attention by itself is blind to order: it sees a bag of tokens, in which 12 and 21 are the same. Each pair
-    (2i, 2i+1) is a clock hand, the first turning once in 6 positions, the last once in tens of thousands. Moving k
-    positions on turns each hand by an angle that depends on k alone, wherever one starts: so "k to the left" looks
-    alike everywhere, and attention can learn it once for all positions.
+    Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
+    (A causal mask gives away some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a clock
+    hand; the first turns once in 6 positions, the last once in tens of thousands. Moving k positions to the right turns
+    each hand by an angle that depends only on k, so "k to the left" looks the same everywhere in the sequence, and
+    attention can learn it once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -117,7 +125,7 @@ class PositionalEncoding(nn.Module):
         frequencies = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)               # (C/2)
         angles = positions * frequencies                                                # (max_length, C/2)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(start_dim=1)  # (max_length, C): sin, cos, ...
-        # A buffer moves with the model to the GPU but is not trained; being a formula, it need not be saved either.
+        # A buffer moves with the model to the GPU but is not trained. It follows from a formula, so it is not saved.
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
@@ -128,16 +136,18 @@ class PositionalEncoding(nn.Module):
 def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
     """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V      (Vaswani et al. 2017, equation 1)
 
-    Every position asks a question, its query. Every position also offers a key, by which it can be found, and a value,
-    which it hands over; all three are learned projections of the position's vector. How well a key fits a query is
-    their dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these.
+    Each position is projected to three vectors: a query (what it looks for), a key (what it is matched by) and a value
+    (what it passes on). The score of a query and a key is their dot product, scaled. Softmax turns the scores of one
+    query into weights that sum to 1, and the output is the weighted average of the values.
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
-    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)).
+    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)). Time is T * S * d_k and memory T * S per
+    head: twice the text costs four times as much. F.scaled_dot_product_attention computes the same output in one fused
+    kernel, which is faster on a GPU but hides the weights; a test compares the two.
 
-    Three tokens, two dimensions, to follow on paper. The factor sqrt(2) undoes the scale, and ln 2 turns the
+    Three tokens, two dimensions, to work through by hand. The factor sqrt(2) cancels the scaling, and ln 2 turns the
     exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
-    (2, 1, 2), their shares (2/5, 1/5, 2/5), so its output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
+    (2, 1, 2), the weights (2/5, 1/5, 2/5), and the output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
 
     >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> query = math.sqrt(2) * math.log(2) * key
@@ -152,7 +162,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [4., 6.],
             [5., 5.]])
 
-    With a causal mask the first token sees only itself, the second itself and the first:
+    With a causal mask the first token attends only to itself, the second to itself and the first:
 
     >>> causal = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
     >>> scaled_dot_product_attention(query, key, value, causal)[1]
@@ -160,14 +170,15 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k terms of random sign and size 1 is about sqrt(d_k) large;
-    # undivided, it would saturate softmax: nearly all weight on one position, and hardly any gradient passes.
+    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms of size 1 has size sqrt(d_k). Without the division
+    # softmax would saturate: nearly all weight on one position, and almost no gradient for the others.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
-        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which does not fit into float16;
-        # not -inf, which makes a row with nothing to attend to NaN (here such a row is a harmless average).
+        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
+        # which turns a row with nothing to attend to into NaN (here such a row becomes a harmless uniform average).
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)                                                    # (..., T, S), rows sum to 1
+    # Dropout here cuts random connections between positions, so that no output relies on attending to one position.
     mixing = weights if dropout is None else dropout(weights)
     return mixing @ value, weights                                                      # (..., T, d_k), (..., T, S)
 
@@ -175,9 +186,9 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
 class KVCache:
     """The keys and values that one attention layer has already computed: (B, H, S, d_k) each.
 
-    A causal position never changes its mind: what it saw when it was written is all that it will ever see, so its key
-    and value stay the same however long the text becomes. Keeping them means that a new token costs one position of
-    work instead of all of them. The price is memory: 2 * NUM_LAYERS * B * S * C numbers.
+    Under a causal mask a position never depends on later tokens, so its key and value stay the same as the text grows.
+    With the cache, a new token costs its own projections and one row of attention scores; without it, every position is
+    computed again for every token. The price is memory: 2 * B * S * C numbers per attention layer that has a cache.
     """
 
     def __init__(self):
@@ -195,21 +206,22 @@ class KVCache:
 
 
 class MultiHeadAttention(nn.Module):
-    """H attentions side by side, each on its own d_k-wide projection of the input (section 3.2.2).
+    """H attention heads in parallel, each on its own d_k-wide projection of the input (section 3.2.2).
 
         MultiHead(x) = Concat(head_1, ..., head_H) W_O,   head_i = Attention(x W_Q_i, x W_K_i, x W_V_i)
 
-    One softmax can concentrate on one thing. Several heads can look at several at once: the digit that is to be named,
-    the word beside it, the end of the digits. All heads together cost what one full-width attention would.
+    One head outputs one weighted average. Several heads can attend to different positions at once: the digit that is
+    to be named, the previous word, the end of the digits. All heads together take as many multiplications as one head
+    of full width would; what grows is the memory, with H attention matrices (T, S) in place of one.
     """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side in one matrix: one large product
+        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side: one large matrix product
         self.key = nn.Linear(d_model, d_model)     # W_K
         self.value = nn.Linear(d_model, d_model)   # W_V
-        self.output = nn.Linear(d_model, d_model)  # W_O mixes what the heads have found
+        self.output = nn.Linear(d_model, d_model)  # W_O mixes the outputs of the heads
         self.dropout = nn.Dropout(dropout)
 
     def split_heads(self, x):
@@ -219,11 +231,11 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, mask, memory=None, cache=None, attention_maps=None):
         """x (B, T, C) -> (B, T, C). mask: boolean, broadcastable to (B, H, T, S), True = may attend.
 
-        memory: the encoder's output, (B, S, C), or None. Without it x attends to itself: self-attention. With it this
-        is cross-attention: the questions come from the text being written, the answers from the text being read.
-        cache: a KVCache. In self-attention it grows by x's keys and values. In cross-attention it is filled once and
-        then only read, for the source does not change while the target is written.
-        attention_maps: a list that receives this layer's weights (B, H, T, S), for pictures.
+        memory: the encoder's output (B, S, C), from which keys and values are computed: cross-attention. None means
+        that they come from x itself: self-attention.
+        cache: a KVCache. Self-attention appends x's keys and values; cross-attention fills it once and then only reads
+        it, since the source does not change.
+        attention_maps: a list to which this layer's weights (B, H, T, S) are appended, for pictures.
         """
         query = self.split_heads(self.query(x))                                         # (B, H, T, d_k)
         if memory is not None and cache is not None and len(cache) > 0:
@@ -242,8 +254,10 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
-    Attention moves information between positions; this is where each position works on what it has gathered. It holds
-    two thirds of a layer's parameters, if D_FF = 4 * D_MODEL.
+    Attention moves information between positions; the feed-forward network processes what each position has gathered.
+    Without the GELU, W_1 and W_2 would collapse into a single linear map. The wider the layer in between, the more
+    features it can detect and combine. With D_FF = 4 * D_MODEL it holds two thirds of a layer's parameters, or half
+    where the layer also has cross-attention.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -256,12 +270,17 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One round of communication (attention), one of thought (feed-forward), each added to what was there.
+    """Attention across positions, then a feed-forward network at each, both with residual connections.
 
-    The sums are the residual stream: a straight road from the embedding to the output, on which gradients travel back
-    undamped. Normalizing inside the branch ("pre-norm", GPT-2) leaves that road clear; the 2017 paper normalized after
-    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020). The norm is LayerNorm (Ba et
-    al. 2016): each position's vector is brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
+    The sums form the residual stream: an identity path from the embedding to the output, along which gradients flow
+    back undiminished. Normalizing inside the branch ("pre-norm", GPT-2) leaves that path free; the 2017 paper
+    normalized after the sum ("post-norm"), which needs careful warmup, the more so in deep stacks (Xiong et al. 2020).
+
+    The norm is LayerNorm (Ba et al. 2016): it shifts and scales each position's vector to mean 0 and variance 1, then
+    applies a learned scale and shift. (1, 2, 6) has mean 3 and variance 14/3, so it becomes (-2, -1, 3) / sqrt(14/3):
+
+    >>> F.layer_norm(torch.tensor([1.0, 2.0, 6.0]), normalized_shape=(3,))
+    tensor([-0.9258, -0.4629,  1.3887])
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
@@ -280,9 +299,9 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """An encoder layer with one step more: look at what was written, look across at the source, think.
+    """An encoder layer plus cross-attention: self-attention, cross-attention, feed-forward.
 
-    The first attention is causal, the second is not: the target is still being written, the source is all there.
+    Self-attention is causal, cross-attention is not: the whole source is available from the start.
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
@@ -296,7 +315,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, mask, memory, memory_mask, cache=(None, None), self_maps=None, cross_maps=None):
-        """x (B, T, C), memory (B, S, C) -> (B, T, C). cache: a KVCache for each of the two attentions."""
+        """x (B, T, C), memory (B, S, C) -> (B, T, C). cache: one KVCache for self-, one for cross-attention."""
         x = x + self.dropout(self.self_attention(self.self_attention_norm(x), mask, None, cache[0], self_maps))
         x = x + self.dropout(
             self.cross_attention(self.cross_attention_norm(x), memory_mask, memory, cache[1], cross_maps))
@@ -305,15 +324,15 @@ class DecoderLayer(nn.Module):
 
 
 def make_causal_mask(T: int, S: int, device=None) -> torch.Tensor:
-    """No looking ahead: the last T of S positions may each attend to themselves and to what stands before. (T, S).
+    """Causal mask (T, S): each of the last T of S positions may attend to itself and to all earlier ones.
 
     >>> make_causal_mask(3, 3).int()
     tensor([[1, 0, 0],
             [1, 1, 0],
             [1, 1, 1]], dtype=torch.int32)
 
-    With a cache only the newest positions are computed, and their rows of the mask are the last ones. A single new
-    token is the last position, not the first: it sees everything.
+    With a cache only the new positions are computed: the last rows of the full mask. A single new token is the last
+    position, not the first, so it attends to all positions.
 
     >>> make_causal_mask(1, 3).int()
     tensor([[1, 1, 1]], dtype=torch.int32)
@@ -322,12 +341,12 @@ def make_causal_mask(T: int, S: int, device=None) -> torch.Tensor:
 
 
 class EncoderDecoderTransformer(nn.Module):
-    """source (B, S), target (B, T) -> logits (B, T, V): how likely each token is to come next in the target."""
+    """source (B, S), target (B, T) -> logits (B, T, V): unnormalized scores of the next token, after each position."""
 
     def __init__(self, d_model: int, num_layers: int, num_heads: int, d_ff: int, dropout: float, max_length: int):
         super().__init__()
         check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length)
-        # What a checkpoint must agree on to fit this model, under the names that stand at the top of the file.
+        # What a checkpoint must match, under the names at the top of this file.
         self.constants = {"D_MODEL": d_model, "NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "D_FF": d_ff,
                           "MAX_LENGTH": max_length}
         self.embedding = nn.Embedding(len(VOCABULARY), d_model)  # one table for source, target and output
@@ -335,19 +354,19 @@ class EncoderDecoderTransformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         self.decoder = nn.ModuleList(DecoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
-        # Pre-norm layers add to the stream without ever normalizing it, so it needs a norm before it is read off.
+        # Pre-norm layers never normalize the residual stream itself, hence the final norms.
         self.encoder_norm = nn.LayerNorm(d_model)
         self.decoder_norm = nn.LayerNorm(d_model)
         self.apply(init_weights)
 
     def embed(self, ids, positions):
-        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C): what it is, and where."""
-        # Times sqrt(C) (section 3.4), so that the token is heard beside its position, whose sines are of order 1.
+        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C)."""
+        # Times sqrt(C) (section 3.4), so that the positional encoding, of order 1, does not dominate the embedding.
         x = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)               # (B, T, C)
         return self.dropout(x + self.positional_encoding(positions))                    # (B, T, C)
 
     def encode(self, source, attention_maps=None):
-        """Read: source ids (B, S) -> memory (B, S, C). Done once for a source, however long the target becomes."""
+        """Source ids (B, S) -> memory (B, S, C). Once per source, however long the target."""
         check_length(source, self.constants["MAX_LENGTH"])
         mask = make_padding_mask(source)                                                # (B, 1, 1, S)
         x = self.embed(source, torch.arange(source.size(1), device=source.device))      # (B, S, C)
@@ -356,37 +375,40 @@ class EncoderDecoderTransformer(nn.Module):
         return self.encoder_norm(x)
 
     def decode(self, target, memory, source, cache=None, self_maps=None, cross_maps=None):
-        """Write: logits for what follows each position of the target. `target` is always all that is written so far.
+        """Next-token logits at each new position. `target` is always the whole prefix so far.
 
-        source: its ids, to tell real tokens of the memory from padding.
-        cache: from new_cache(). It knows how many positions it has seen; only the T that are new are computed.
+        source: its ids, for the padding mask over the memory. The target needs no padding mask: it is padded on the
+        right, where the causal mask hides the padding from all real tokens.
+        cache: from new_cache(). Only the T positions that it does not hold yet are computed.
         """
         check_length(target, self.constants["MAX_LENGTH"])
         start = 0 if cache is None else len(cache[0][0])
         length = target.size(1)
-        mask = make_padding_mask(target) & make_causal_mask(length - start, length, target.device)  # (B, 1, T, S)
+        mask = make_causal_mask(length - start, length, target.device)                  # (T, S)
         memory_mask = make_padding_mask(source)                                         # (B, 1, 1, S)
         x = self.embed(target[:, start:], torch.arange(start, length, device=target.device))  # (B, T, C)
         for i, layer in enumerate(self.decoder):
             x = layer(x, mask, memory, memory_mask, (None, None) if cache is None else cache[i], self_maps, cross_maps)
-        # logits = norm(x) E^T: a token's logit is how well the output fits its embedding. Input and output share the
-        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and each end learns from the other.
+        # logits = norm(x) E^T: a token's logit is the output's dot product with its embedding. Input and output share
+        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
         return F.linear(self.decoder_norm(x), self.embedding.weight)                    # (B, T, V)
 
     def forward(self, source, target):
-        """Read and write in one go, as in training, when the whole target is known."""
+        """Encode and decode in one pass, as in training, when the whole target is known."""
         return self.decode(target, self.encode(source), source)
 
     def new_cache(self) -> list[tuple[KVCache, KVCache]]:
-        """An empty cache for one call of generate: for each layer one for self- and one for cross-attention."""
+        """An empty cache for one call of generate: per layer, one for self- and one for cross-attention."""
         return [(KVCache(), KVCache()) for _ in self.decoder]
 
 
 def init_weights(module: nn.Module) -> None:
-    """Random weights that let signals through at their own size: Xavier (Glorot & Bengio 2010), biases of zero.
+    """Xavier initialization (Glorot & Bengio 2010), which preserves the variance of activations; zero biases.
 
-    Embeddings start so small that the factor sqrt(C) makes them 0.5 large. They are also the output layer, where larger
-    ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
+    Embeddings have standard deviation 0.5 after the factor sqrt(C). The same table is the output layer, where larger
+    values would make the first predictions confident and wrong; with these the first loss is near ln V, that of uniform
+    guessing. Near, not at: a token's vector is still most similar to itself, so with tied weights an untrained model
+    tends to repeat its input, which costs it a little more than guessing (training prints both figures).
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -406,22 +428,25 @@ def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED) -> toy_dataset.Splits:
 
 
 def predict(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's logits for a batch (B, T, V), and the targets that they are meant to hit (B, T).
+    """The model's logits for a batch (B, T, V), and its targets (B, T).
 
-    Teacher forcing: the decoder is shown the true target, not its own, and every position predicts its next token at
-    once. The causal mask keeps each from reading its answer off its right neighbour. One pass trains T predictions.
+    Teacher forcing: the decoder's input is the true target, not its own output, so one pass trains all T predictions in
+    parallel. The causal mask hides each position's target, which is the next input token. The price is exposure bias
+    (Bengio et al. 2015): in training the model never sees a text that it got wrong, in generation it may have to
+    continue one.
     """
     device = next(model.parameters()).device
     return model(batch["source"].to(device), batch["target"].to(device)), batch["targets"].to(device)
 
 
 def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross-entropy of a batch, and the number of targets that it is the sum of; loss = sum / number.
+    """The summed cross-entropy of a batch and its number of targets; loss = sum / number.
 
-        loss = -1/N  sum over the N targets of  log p(target)            (nats)
+        loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
-    Kept apart, so that whoever adds up several batches (gradient accumulation, several GPUs, a whole test set) can
-    weigh each target alike. The mean of the batches' means would count a target more where there are few.
+    A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
+    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight every
+    target equally. The mean of batch means would overweight the targets of small batches.
     """
     logits, targets = predict(model, batch)
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -431,12 +456,12 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS) -> float:
     """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE_RATIO * peak at the last step.
 
-    Warmup: Adam's first estimates of each gradient's size come from a handful of batches; full-size steps on such
-    estimates can throw the weights where they never recover. Decay: large steps find the valley, small ones its floor.
+    Warmup: Adam's first estimates of gradient sizes come from a handful of batches, and full-size steps on such
+    estimates can derail training for good. Decay: large steps make fast progress, small ones settle into a minimum.
     """
     warmup_steps = min(warmup_steps, num_steps // 5)      # a short run must not be all warmup
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps           # never 0: the first step would be wasted
+        return peak * (step + 1) / warmup_steps           # never 0: that would waste the first step
     progress = (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps)
     lowest = peak * FINAL_LEARNING_RATE_RATIO
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -445,33 +470,35 @@ def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_ST
 def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), with weight decay on the matrices of the Linear layers and on nothing else.
 
-    Decay says "no weight without need". A norm's scale belongs near 1, not 0; a bias is one number against a matrix of
-    them; and a rare word's embedding would shrink at every step at which the word does not even occur.
+        m <- beta_1 m + (1 - beta_1) gradient           v <- beta_2 v + (1 - beta_2) gradient^2
+        weight <- weight - learning_rate * (m / (sqrt(v) + epsilon) + weight_decay * weight)
+
+    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square: so
+    all weights move by about the learning rate per step, whether their gradients are large or tiny. (Both means are
+    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them. Norms are left out,
+    since their scale belongs near 1; so are biases, which are few, and by convention embeddings.
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) forgets old gradient sizes sooner than the usual 0.999, which
-    # averages over a thousand steps: too slow for so short a training.
+    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) averages squared gradients over about 50 steps; the default
+    # 0.999 averages over 1,000, too many for so short a run.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
-    """The heart of training: one batch, one update of all weights. Returns the loss and the gradient's norm.
+    """One step of training: a batch, its gradient, one update of all weights. Returns the loss and the gradient norm.
 
-        gradient <- d loss / d weights,   shortened to GRAD_CLIP if it is longer
-        weights  <- weights - learning_rate * AdamW(gradient)
-
-    Raises FloatingPointError, before the weights are touched, when the loss is not finite or far above ln V.
+    Raises FloatingPointError, before the weights are changed, when the loss is not finite or far above ln V.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss_sum, num_targets = compute_loss(model, batch)
     loss = loss_sum / num_targets.clamp(min=1)    # a batch without targets gives 0, not 0 / 0
-    optimizer.zero_grad()                         # backward adds to .grad: without this, gradients accumulate
+    optimizer.zero_grad()                         # backward adds to .grad; without this, gradients accumulate
     loss.backward()
-    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one is scaled down, its direction kept.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     # Comparisons with NaN are False. Above 10 ln V the run has diverged too, even if clipping keeps the loss finite.
     if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
@@ -481,12 +508,12 @@ def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
-    """Train the model in place, and look at the validation numbers num_evaluations times on the way.
+    """Train the model in place, and evaluate it on the validation numbers num_evaluations times on the way.
 
-    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to move on; without it this shows its
-    own, and a line at each evaluation. Returns the history, one dict per step: step, loss, learning_rate, grad_norm
-    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss is no
-    longer finite, or has left all reason.
+    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to advance; without it, train shows
+    its own, and at each evaluation a line with an example (from answer, which calls generate; both come below).
+    Returns the history, one dict per step: step, loss, learning_rate, grad_norm and, where there was an evaluation,
+    validation_loss and exact_match. Raises FloatingPointError when training diverges.
     """
     check_training(num_epochs, learning_rate)
     optimizer = create_optimizer(model, learning_rate)
@@ -506,7 +533,7 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"Training diverged: {error} at step {step}. Lower LEARNING_RATE = {learning_rate} or raise "
-                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.") from None
+                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint is untouched.") from None
             history.append({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm})
             bar.update()
             if step not in evaluation_steps:
@@ -522,15 +549,15 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     return history
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, loader) -> dict:
-    """Test on numbers that were not trained on. Returns loss (nats per target), exact_match and mistakes.
+    """Evaluate on held-out numbers. Returns loss (nats per target), exact_match and mistakes.
 
-    exact_match: share of the numbers whose whole answer is right, each word of it. A name with one wrong word is the
-    name of another number, so nothing less counts. mistakes: the indices of the others, in the loader's order.
+    exact_match: fraction of the numbers whose every answer token is correct. One wrong word makes the name of another
+    number, or no name at all, so nothing less counts. mistakes: the indices of the others, in the loader's order.
 
-    It asks for each word given the true words before it. That is no easier than writing the answer alone: as long as
-    greedy decoding makes no mistake it has the same words before it, and its first mistake is a mistake here too.
+    Each word is predicted given the true words before it. For greedy decoding that makes no difference: until its first
+    mistake it sees the same prefix, and that mistake counts here too.
     """
     was_training = model.training
     model.eval()
@@ -549,45 +576,46 @@ def evaluate(model, loader) -> dict:
 # ======================================================================================================
 # GENERATION
 # ======================================================================================================
-# A strategy decides which of V likely tokens is written. Each is a function logits (B, V) -> logits (B, V), in which
-# what it rules out has become -inf; softmax over what is left gives the probabilities to draw from.
+# A decoding strategy picks the next token from the vocabulary. Each filter below maps logits (B, V) to logits (B, V);
+# excluded tokens get -inf, and softmax over the rest gives the distribution to sample from.
 
 
 def scale_by_temperature(logits, temperature):
-    """softmax(logits / temperature): below 1 sharper (the likely gets likelier), above 1 flatter, 1 as learned."""
+    """softmax(logits / temperature): below 1 sharpens the distribution, above 1 flattens it."""
     return logits / temperature
 
 
 def keep_top_k(logits, k):
-    """Keep the k likeliest tokens (Fan et al. 2018). A fixed number: too many where one token is clear, too few where
-    a hundred would do.
+    """Keep the k most likely tokens (Fan et al. 2018). k is fixed: too many when the model is confident, too few when
+    it is not.
 
     >>> keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), k=2)
     tensor([[3., -inf, 2., -inf]])
     """
-    kept = logits.topk(min(k, logits.size(-1)), dim=-1).indices  # by index, so that ties don't let in more than k
+    kept = logits.topk(min(k, logits.size(-1)), dim=-1).indices  # by index, so that ties do not let in more than k
     return torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
 
 
 def keep_top_p(logits, p):
-    """Keep the fewest likeliest tokens that together have probability p or more (Holtzman et al. 2020, "nucleus").
+    """Keep the smallest set of most likely tokens with total probability p or more (Holtzman et al. 2020, "nucleus").
 
-    Few where the model is sure, many where it is not. The token that crosses p is kept: it takes it to get there.
+    The set is small when the model is confident and large when it is not. The token that crosses p is kept; without it
+    the sum falls short.
 
     >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), p=0.7).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000, 0.0000]])
     """
     if p == 1:
-        return logits  # everything; by the rule below rounding might cost a token
+        return logits  # keep all; the rule below could drop one by rounding
     descending, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = descending.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities        # the mass of all likelier tokens, this one not counted
-    descending = descending.masked_fill(before >= p, -math.inf)  # they had reached p without it
+    before = probabilities.cumsum(dim=-1) - probabilities        # total probability of all more likely tokens
+    descending = descending.masked_fill(before >= p, -math.inf)  # they reach p without this one
     return torch.empty_like(logits).scatter(-1, order, descending)
 
 
 def choose_tokens(logits, temperature, top_k, top_p, generator):
-    """One token for each row: logits (B, V) -> ids (B). Temperature 0 is greedy: always the likeliest."""
+    """One token per row: logits (B, V) -> ids (B). Temperature 0 is greedy: always the most likely token."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = scale_by_temperature(logits, temperature)
@@ -599,33 +627,33 @@ def choose_tokens(logits, temperature, top_k, top_p, generator):
 
 
 def pad_sources(sources: list[list[int]], device) -> torch.Tensor:
-    """Lists of ids -> (B, S), padded at the right. Raises InputError if there is nothing to read."""
+    """Lists of ids -> (B, S), padded on the right. Raises InputError if there is none, or an empty one."""
     if not sources or not all(sources):
-        raise InputError("There must be at least one source, and in each at least one token, such as <EOS>.")
+        raise InputError("There must be at least one source, and each source needs at least one token, such as <EOS>.")
     longest = max(map(len, sources))
     return torch.tensor([source + [PAD_ID] * (longest - len(source)) for source in sources], device=device)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, sources: list[list[int]], max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, top_k=TOP_K,
              top_p=TOP_P, use_cache=True, generator=None) -> torch.Tensor:
-    """Write a target for each source (a list of ids), until <EOS> or the limit. Returns ids (B, T_new), without <SOS>.
+    """Generate a target per source (a list of ids), until <EOS> or the limit. Returns ids (B, T_new), without <SOS>.
 
-    Sources may differ in length. After its <EOS> a row holds only <PAD>. generator: a torch.Generator to draw from, in
-    place of the global one.
+    Sources may differ in length. After its <EOS> a row holds only <PAD>. generator: a torch.Generator to sample from,
+    in place of the global one.
     """
     check_generation(temperature, top_k, top_p, max_new_tokens)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     source = pad_sources(sources, device)                                    # (B, S)
-    memory = model.encode(source)                                            # (B, S, C), read once
+    memory = model.encode(source)                                            # (B, S, C), computed once
     ids = torch.full((len(sources), 1), SOS_ID, device=device)               # (B, 1), the target so far
     cache = model.new_cache() if use_cache else None
     done = torch.zeros(len(sources), dtype=torch.bool, device=device)
     for _ in range(min(max_new_tokens, model.constants["MAX_LENGTH"])):
-        logits = model.decode(ids, memory, source, cache)[:, -1].float()     # (B, V), for what follows the last token
-        logits[:, PAD_ID] = -math.inf                                        # padding is not a word
+        logits = model.decode(ids, memory, source, cache)[:, -1].float()     # (B, V), float32 whatever the model uses
+        logits[:, PAD_ID] = -math.inf                                        # never generate padding
         new = choose_tokens(logits, temperature, top_k, top_p, generator)    # (B)
         new = new.masked_fill(done, PAD_ID)
         ids = torch.cat([ids, new[:, None]], dim=1)
@@ -636,20 +664,63 @@ def generate(model, sources: list[list[int]], max_new_tokens=MAX_NEW_TOKENS, tem
     return ids[:, 1:]
 
 
-@torch.no_grad()
-def beam_search(model, sources: list[list[int]], beam_width=BEAM_WIDTH, length_penalty=LENGTH_PENALTY,
-                max_new_tokens=MAX_NEW_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search for the likeliest whole text, where greedy takes the likeliest next token and never looks back.
+@torch.inference_mode()
+def beam_search_one(model, source: list[int], beam_width=BEAM_WIDTH, length_penalty=LENGTH_PENALTY,
+                    max_new_tokens=MAX_NEW_TOKENS) -> list[tuple[float, list[int]]]:
+    """Beam search for one source, in plain Python: approximate search for the best-scoring whole text.
 
         score = log_prob / length**length_penalty          log_prob = sum of log p(token), length counts <EOS>
 
-    W = beam_width open texts are kept for each source, the likeliest of those of their length. A text that writes <EOS>
-    while among the best W is finished: it moves out of the beam into a pool of the W best finished ones, where no
-    token is ever added to it and only a finished text with a better score can push it out. All sources are searched
-    at once: B * W texts are one batch for the model.
+    Greedy decoding keeps one hypothesis, beam search the beam_width most probable ones. One that ends in <EOS> while it
+    is among the best is finished and never extended. Returns at most beam_width finished hypotheses as (score, ids),
+    best first. Written to be read: it recomputes everything at every step. beam_search does the same for many sources.
 
-    A source is done when no open text can still beat its best finished one, or when W finished ones are better than
-    every open one is now. If neither happens before the limit, open texts compete as they stand. Width 1 is greedy.
+    Three steps at width 2, for a model of two words in which the next token depends on the last one only:
+
+        p(next)     a     b    <EOS>     step 1   keep  a 0.6              b 0.4
+        <SOS>      0.6   0.4    0        step 2   keep  b <EOS> 0.36       a a 0.30      (drop a <EOS> 0.24, ...)
+        a          0.5   0.1   0.4                finished: b <EOS>.       To extend: a a 0.30, a b 0.06
+        b          0.05  0.05  0.9       step 3   keep  a a a 0.15         a a <EOS> 0.12
+                                                  finished: b <EOS>, a a <EOS>
+
+    Greedy decoding starts with a, which is more probable than b; but no text that starts with a is as probable as
+    b <EOS>, which the beam finds because it kept b. A length penalty of 1 compares the mean log-probability per token:
+    ln 0.36 / 2 = -0.51 for b <EOS>, ln 0.12 / 3 = -0.71 for a a <EOS>.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    source_ids = pad_sources([source], device)                                          # (1, S)
+    memory = model.encode(source_ids)                                                   # (1, S, C)
+    limit = min(max_new_tokens, model.constants["MAX_LENGTH"])
+    hypotheses, finished = [(0.0, [SOS_ID])], []
+    for length in range(1, limit + 1):
+        candidates = []
+        for log_prob, ids in hypotheses:
+            logits = model.decode(torch.tensor([ids], device=device), memory, source_ids)[0, -1].float()
+            continued = enumerate(logits.log_softmax(dim=-1).tolist())                  # V pairs: token, log p(token)
+            candidates += [(log_prob + more, ids + [token]) for token, more in continued if token != PAD_ID]
+        candidates.sort(key=lambda candidate: -candidate[0])
+        finished += [(log_prob / length**length_penalty, ids[1:]) for log_prob, ids in candidates[:beam_width]
+                     if ids[-1] == EOS_ID or length == limit]  # at the limit, unfinished texts count as they are
+        finished = sorted(finished, key=lambda text: -text[0])[:beam_width]
+        hypotheses = [candidate for candidate in candidates if candidate[1][-1] != EOS_ID][:beam_width]
+        best = hypotheses[0][0]  # log_prob can only fall from here, and no text becomes longer than the limit
+        if finished and finished[0][0] >= best / limit**length_penalty:
+            break  # exact: no open hypothesis can still become the best
+        if len(finished) == beam_width and finished[-1][0] >= best / length**length_penalty:
+            break  # a heuristic: beam_width finished ones score above every open one as it stands now
+    model.train(was_training)
+    return finished
+
+
+@torch.inference_mode()
+def beam_search(model, sources: list[list[int]], beam_width=BEAM_WIDTH, length_penalty=LENGTH_PENALTY,
+                max_new_tokens=MAX_NEW_TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
+    """beam_search_one for B sources at once: same candidates, scores and stopping rules, as tensors.
+
+    W = beam_width. The lists become tensors with a row per source: hypotheses becomes open_ids and open_log_probs,
+    finished becomes texts and scores. The hypotheses of all sources run as one batch; sources that are done leave it.
 
     Returns ids (B, W, T), best first, <PAD> after <EOS>, and scores (B, W), -inf where fewer than W texts were found.
     """
@@ -663,68 +734,70 @@ def beam_search(model, sources: list[list[int]], beam_width=BEAM_WIDTH, length_p
     device = next(model.parameters()).device
     B, W, V = len(sources), beam_width, len(VOCABULARY)
     source = pad_sources(sources, device)                                               # (B, S)
-    memory = model.encode(source).repeat_interleave(W, dim=0)                           # (B*W, S, C)
-    source = source.repeat_interleave(W, dim=0)                                         # (B*W, S)
+    memory = model.encode(source)                                                       # (B, S, C)
     cache = model.new_cache()
-    first_row = W * torch.arange(B, device=device)[:, None]                             # (B, 1): where its W rows begin
     limit = min(max_new_tokens, model.constants["MAX_LENGTH"])
 
-    open_ids = torch.full((B, W, 1), SOS_ID, device=device)
-    open_log_probs = torch.full((B, W), -math.inf, device=device)
-    open_log_probs[:, 0] = 0.0  # all W begin with the same <SOS>: only one may count, or all would stay the same
-    pool_ids = torch.full((B, W, 1), SOS_ID, device=device)
-    pool_scores = torch.full((B, W), -math.inf, device=device)
-    done = torch.zeros(B, 1, dtype=torch.bool, device=device)
+    texts = torch.full((B, W, limit), PAD_ID, device=device)
+    scores = torch.full((B, W), -math.inf, device=device)
+    active = torch.arange(B, device=device)                      # (A): the sources still being searched; A falls from B
+    open_ids = torch.full((B, 1, 1), SOS_ID, device=device)      # (A, K, length): K open hypotheses, first 1, then W
+    open_log_probs = torch.zeros(B, 1, device=device)            # (A, K)
     for length in range(1, limit + 1):
-        logits = model.decode(open_ids.flatten(0, 1), memory, source, cache)[:, -1].float()  # (B*W, V)
-        log_probs = logits.log_softmax(dim=-1).view(B, W, V)
-        log_probs[..., PAD_ID] = -math.inf                                              # padding is not a word
-        # Each open text has V continuations. The best 2W of all W*V: at most W of these end in <EOS> (one for each
-        # text), so at least W are left to go on with.
-        candidates = (open_log_probs[..., None] + log_probs).flatten(1)                 # (B, W*V)
-        log_prob, index = candidates.topk(2 * W)                                        # (B, 2W), best first
-        parent, token = index // V, index % V                                           # which text, continued by what
+        A, K, _ = open_ids.shape
+        logits = model.decode(open_ids.flatten(0, 1), memory, source, cache)[:, -1].float()  # (A*K, V)
+        log_probs = logits.log_softmax(dim=-1).view(A, K, V)
+        log_probs[..., PAD_ID] = -math.inf                                              # never generate padding
+        # Each hypothesis has V continuations. Of the best 2W, at most W end in <EOS> (one per hypothesis), so at least
+        # W remain to extend.
+        candidates = (open_log_probs[..., None] + log_probs).flatten(1)                 # (A, K*V)
+        log_prob, index = candidates.topk(min(2 * W, K * V))                            # (A, 2W), best first
+        parent, token = index // V, index % V                                           # which hypothesis, which token
         ids = torch.cat([open_ids.gather(1, parent[..., None].expand(-1, -1, length)), token[..., None]], dim=2)
-        ended = token == EOS_ID                                                         # (B, 2W)
+        ended = token == EOS_ID                                                         # (A, 2W)
 
-        # Finished texts compete for the pool: old against new, the best W stay. Only the best W candidates may enter.
-        enters = ended if length < limit else torch.ones_like(ended)                    # at the limit, all enter as is
-        enters = enters & (torch.arange(2 * W, device=device) < W) & ~done
-        scores = (log_prob / length**length_penalty).masked_fill(~enters, -math.inf)
-        pool_scores, best = torch.cat([pool_scores, scores], dim=1).topk(W)             # (B, W)
-        pool_ids = torch.cat([F.pad(pool_ids, (0, 1), value=PAD_ID), ids], dim=1)       # (B, 3W, length + 1)
-        pool_ids = pool_ids.gather(1, best[..., None].expand(-1, -1, length + 1))
+        # Merge new finished hypotheses into the pool and keep the best W. Only the top W candidates may enter.
+        enters = ended if length < limit else torch.ones_like(ended)
+        new_scores = (log_prob / length**length_penalty).masked_fill(~enters, -math.inf)[:, :W]
+        pool_scores, best = torch.cat([scores[active], new_scores], dim=1).topk(W)      # (A, W)
+        pool = torch.cat([texts[active, :, :length], ids[:, :W, 1:]], dim=1)            # (A, 2W, length)
+        scores[active] = pool_scores
+        texts[active, :, :length] = pool.gather(1, best[..., None].expand(-1, -1, length))
 
-        # The best W unfinished ones go on, and the cache with them: its rows must follow the texts they belong to.
-        open_log_probs, best = log_prob.masked_fill(ended, -math.inf).topk(W)           # (B, W)
-        open_ids = ids.gather(1, best[..., None].expand(-1, -1, length + 1))
-        rows = (first_row + parent.gather(1, best)).flatten()                           # (B*W)
-        for self_cache, _ in cache:  # not the cross-attention's: all W texts of a source read the same source
-            self_cache.key, self_cache.value = self_cache.key[rows], self_cache.value[rows]
-
-        # log_prob can only fall from here on, and no text gets longer than the limit: no open text can score better
-        # than `reachable`. And none is worth waiting for once W finished ones are better than it is now.
-        reachable, now = (open_log_probs[:, :1] / n**length_penalty for n in (limit, length))  # (B, 1)
-        done |= (pool_scores[:, :1] >= reachable) | (pool_scores[:, -1:] >= now)
-        if done.all():
+        # Keep the best W unfinished hypotheses of each source that is not done (the two rules of beam_search_one).
+        open_log_probs, best = log_prob.masked_fill(ended, -math.inf).topk(min(W, K * V))  # (A, W)
+        reachable, now = (open_log_probs[:, 0] / n**length_penalty for n in (limit, length))  # (A)
+        going = (pool_scores[:, 0] < reachable) & (pool_scores[:, -1] < now)            # (A)
+        if not going.any():
             break
+        open_log_probs, active = open_log_probs[going], active[going]
+        open_ids = ids.gather(1, best[..., None].expand(-1, -1, length + 1))[going]
+        # The rows of the cache follow their hypotheses. What belongs to a source and is shared by its hypotheses (the
+        # memory, the cross-attention's cache) changes only when 1 row becomes W, and when a source leaves.
+        rows = (K * torch.arange(A, device=device)[:, None] + parent.gather(1, best))[going].flatten()
+        shared_too = length == 1 or not going.all()
+        for self_cache, cross_cache in cache:
+            for kv in [self_cache, cross_cache] if shared_too else [self_cache]:
+                kv.key, kv.value = kv.key[rows], kv.value[rows]
+        if shared_too:
+            memory, source = memory[rows], source[rows]
     model.train(was_training)
-    return pool_ids[..., 1:].masked_fill(pool_scores[..., None] == -math.inf, PAD_ID), pool_scores
+    return texts[..., :length].masked_fill(scores[..., None] == -math.inf, PAD_ID), scores
 
 
 def make_source(number: int) -> list[int]:
-    """What the encoder reads: 3 4 2 <EOS>."""
+    """The encoder's input: 3 4 2 <EOS>."""
     return to_ids([*str(number), "<EOS>"])
 
 
 def to_words(ids: torch.Tensor) -> str:
-    """One row of generate's answer as text, up to <EOS>."""
+    """One row of generated ids as text, up to <EOS>."""
     tokens = to_tokens(ids.tolist())
     return " ".join(tokens[: tokens.index("<EOS>")] if "<EOS>" in tokens else tokens)
 
 
 def answer(model, numbers: list[int]) -> list[str]:
-    """What the model says to each number, greedily; wrong answers are marked, with what would have been right."""
+    """The model's greedy answer for each number; wrong ones are marked, with the correct answer."""
     lines = []
     for number, ids in zip(numbers, generate(model, [make_source(n) for n in numbers], temperature=0.0)):
         said, truth = to_words(ids), " ".join(number_to_words(number))
@@ -802,23 +875,23 @@ def check_generation(temperature, top_k, top_p, max_new_tokens) -> None:
 
 
 def all_constants(model) -> dict:
-    """What a checkpoint was made with: the model's sizes, and the language and the numbers that it learned."""
+    """What a checkpoint depends on: the model's sizes, the language, and the training numbers."""
     data = {name: getattr(toy_dataset, name) for name in ("MAX_DIGITS", "NUM_TRAIN", "SEED")}
     return model.constants | {f"toy_dataset.{name}": value for name, value in data.items()}
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError, naming the folder, if nothing can be written where path is."""
+    """Create the folder of path. Raises OSError, naming the folder, if nothing can be written there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} is not writable: change its permissions, or CHECKPOINT in this file.")
 
 
 def save(model, path=CHECKPOINT) -> None:
-    """Write weights and constants to path. What stood there before is kept beside it, as *.old.
+    """Write weights and constants to path. An existing file is kept as *.old.
 
-    Atomic: the file is written under another name and then renamed, which happens at once or not at all. Whatever is
-    killed at whatever moment, under the checkpoint's name there is a whole checkpoint: the old one or the new.
+    Atomic: the file is written under another name and then renamed, which happens completely or not at all. Whenever
+    the process is killed, path holds a complete checkpoint, the old or the new, or none if there was none.
     """
     path = Path(path)
     check_writable(path)
@@ -833,13 +906,13 @@ def save(model, path=CHECKPOINT) -> None:
 def load(path=CHECKPOINT, model=None):
     """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
 
-    Raises InputError when the file is no checkpoint, or not one of this model and these constants; FileNotFoundError
-    when there is none.
+    Raises InputError if the file is not a checkpoint of this model with these constants; FileNotFoundError if there is
+    none.
     """
     model = build_model() if model is None else model
     remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
     try:
-        # A pickle may hold any code, and run it when it is read. weights_only reads tensors, numbers and texts alone.
+        # Unpickling can execute arbitrary code; weights_only allows only tensors and plain values.
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         architecture, constants, weights = (checkpoint[key] for key in ("architecture", "constants", "weights"))
     except (FileNotFoundError, PermissionError):
@@ -850,8 +923,8 @@ def load(path=CHECKPOINT, model=None):
         raise InputError(f"{path} holds a {architecture}, not a {type(model).__name__}. {remedy}")
     for name, today in all_constants(model).items():
         if constants.get(name) != today:
-            raise InputError(f"{path} was made with {name} = {constants.get(name)}, and now it is {today}. Change it "
-                             f"back. Or: {remedy}")
+            raise InputError(f"{path} was saved with {name} = {constants.get(name)}, but now it is {today}. Change it "
+                             f"back, or: {remedy}")
     model.load_state_dict(weights)
     return model.eval()
 
@@ -862,34 +935,38 @@ def load(path=CHECKPOINT, model=None):
 
 
 def parameter_formula(model) -> tuple[str, int]:
-    """How many parameters there should be, by arithmetic: the formula, and its value."""
+    """The expected number of parameters: as a formula, and its value."""
     V, C, F, L = len(VOCABULARY), *(model.constants[name] for name in ("D_MODEL", "D_FF", "NUM_LAYERS"))
     formula = "V*C + L*(3*4*(C*C + C) + 2*((C*F + F) + (F*C + C)) + 10*C) + 4*C"
     return formula, V * C + L * (3 * 4 * (C * C + C) + 2 * ((C * F + F) + (F * C + C)) + 10 * C) + 4 * C
 
 
+@torch.inference_mode()
 def print_configuration(model, loaders) -> None:
-    """What is about to be trained, and what its loss can be expected to be, before the first step."""
+    """What is about to be trained, and which losses to expect, before the first step."""
     print(f"{type(model).__name__} on {next(model.parameters()).device}:\n  "
           + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
     count = sum(parameter.numel() for parameter in model.parameters())
     formula, expected = parameter_formula(model)
-    print(f"Parameters: {count:,}, and by arithmetic {expected:,}\n  = {formula}")
+    print(f"Parameters: {count:,}, expected {expected:,}\n  = {formula}")
     sizes = [f"{len(loader.dataset):,}" for loader in loaders]
-    print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
-    with torch.no_grad():
-        loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
-    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V), {loss_sum / num_targets:.3f} this model, "
-          f"untrained;\n  {describe_floor(loaders.validation.dataset)}\n")
+    print(f"Data: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test numbers, disjoint")
+    batch = next(iter(loaders.validation))
+    loss_sum, num_targets = compute_loss(model, batch)
+    inputs = batch["target" if "target" in batch else "ids"]                            # (B, T)
+    repeated = (predict(model, batch)[0].argmax(dim=-1).cpu() == inputs)[inputs != PAD_ID].float().mean()
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} for uniform guessing (ln V), {loss_sum / num_targets:.3f} for the "
+          f"untrained model\n  ({repeated:.0%} of its predictions repeat the token at their own position: input and\n"
+          f"  output share one embedding table), {describe_floor(loaders.validation.dataset)}\n")
 
 
 def describe_floor(dataset) -> str:
-    """The least loss that is possible on these numbers, as text."""
-    return "0 the least possible, as names follow from digits"
+    """The loss of an ideal model on these numbers, as text."""
+    return "0 for an ideal model, as digits determine names"
 
 
 def show_strategies(model) -> None:
-    """The same held-out sources under each strategy."""
+    """Each decoding strategy on the same held-out sources."""
     held_out = toy_dataset.make_splits().test[:500]
     sources = [make_source(number) for number in held_out]
     strategies = {
@@ -898,9 +975,9 @@ def show_strategies(model) -> None:
         "temperature 1.5": lambda **kw: generate(model, sources, temperature=1.5, **kw),
         "top-p 0.9": lambda **kw: generate(model, sources, temperature=1.0, top_p=0.9, **kw),
         f"beam width {BEAM_WIDTH}": lambda **kw: beam_search(model, sources)[0][:, 0],
-        "your constants": lambda **kw: generate(model, sources, **kw),  # TEMPERATURE, TOP_K and TOP_P as at the top
+        "your constants": lambda **kw: generate(model, sources, **kw),  # TEMPERATURE, TOP_K and TOP_P as set at the top
     }
-    print(f"\nSTRATEGIES, on the same {len(sources)} held-out numbers\n\n  {'':22}{'named right':>12}{'names/s':>10}")
+    print(f"\nSTRATEGIES, on the same {len(sources)} held-out numbers\n\n  {'':22}{'exact match':>12}{'names/s':>10}")
     for name, strategy in strategies.items():
         generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
         start = time.perf_counter()
@@ -911,17 +988,15 @@ def show_strategies(model) -> None:
 
 
 def show_beam(model, number: int) -> None:
-    """What beam search found for one number: all its hypotheses, with their scores."""
-    texts, scores = beam_search(model, [make_source(number)])
+    """All hypotheses that beam search returns for one number, with their scores."""
     print(f"\nBEAM SEARCH for {number}, width {BEAM_WIDTH}: score = log_prob / length**{LENGTH_PENALTY}")
-    for ids, score in zip(texts[0], scores[0].tolist()):
-        if score > -math.inf:
-            print(f"  {score:9.4f}  {to_words(ids)}")
+    for score, ids in beam_search_one(model, make_source(number)):
+        print(f"  {score:9.4f}  {to_words(torch.tensor(ids))}")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def cross_attention(model, number: int) -> torch.Tensor:
-    """Where the model looks while it writes a number's name: the mean over layers and heads, (words + 1, digits + 1).
+    """Cross-attention for a number's name, averaged over layers and heads: (words + 1, digits + 1).
 
     Row t is the position that predicts word t, the last one <EOS>; the last column is the source's <EOS>.
     """
@@ -933,11 +1008,11 @@ def cross_attention(model, number: int) -> torch.Tensor:
 
 
 def show_alignment(model, number: int) -> None:
-    """The cross-attention, drawn: darker is more. A word's true digits, those that decide it, stand in brackets."""
+    """The cross-attention as text bars: longer is more. The digits that determine a word stand in brackets."""
     weights = cross_attention(model, number)
     words = [*number_to_words(number), "<EOS>"]
-    print(f"\nCROSS-ATTENTION for {number}: which digits it looks at (mean of layers and heads)\n"
-          "for each word; [ ] marks those that it is made of. Attention shows where information can flow,\nno more.\n")
+    print(f"\nCROSS-ATTENTION for {number}, averaged over layers and heads; [ ] marks the digits that\n"
+          "determine the word. Attention weights show where information can flow, no more.\n")
     print("  " + " " * 10 + "".join(f"{token:^7}" for token in [*str(number), "<EOS>"]))
     on_digits = 0.0
     for word, row, digits in zip(words, weights.tolist(), [*align(number), set()]):
@@ -945,12 +1020,12 @@ def show_alignment(model, number: int) -> None:
                  for i, weight in enumerate(row))
         print(f"  {word:>10}" + "".join(cells))
         on_digits += sum(row[i] for i in digits)
-    print(f"  Share of attention on the bracketed digits: {on_digits / (len(words) - 1):.0%}; by chance it would be "
-          f"{sum(map(len, align(number))) / (len(words) - 1) / weights.size(1):.0%}.")
+    print(f"  Share of attention on the bracketed digits: {on_digits / (len(words) - 1):.0%}; uniform attention "
+          f"would give {sum(map(len, align(number))) / (len(words) - 1) / weights.size(1):.0%}.")
 
 
 def train_and_test():
-    """Train a model as the constants say, test it once on the test numbers, and save it."""
+    """Train a model with the constants above, test it on the test numbers, and save it."""
     check_writable(CHECKPOINT)  # before a minute of training, not after it
     torch.manual_seed(SEED)
     model, loaders = build_model(), create_dataloaders()
@@ -958,7 +1033,7 @@ def train_and_test():
     train(model, loaders)
     found = evaluate(model, loaders.test)
     numbers = loaders.test.dataset.numbers
-    print(f"\nTEST on {len(numbers):,} numbers never seen: {found['exact_match']:.2%} named without a mistake, "
+    print(f"\nTEST on {len(numbers):,} held-out numbers: {found['exact_match']:.2%} exact match, "
           f"{len(found['mistakes'])} wrong\n  (loss {found['loss']:.4f}; {describe_floor(loaders.test.dataset)})")
     if found["mistakes"]:
         print("  " + "\n  ".join(answer(model, [numbers[i] for i in found["mistakes"][:5]])))

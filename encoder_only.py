@@ -67,26 +67,26 @@ from toy_dataset import InputError, make_padding_mask, number_to_words, parse_nu
 # ======================================================================================================
 
 # --- model ---
-D_MODEL = 128         # width: how many numbers describe a token. Try 32 (too narrow?), 256 (slower; better?)
-NUM_LAYERS = 2        # rounds of looking around and thinking. Try 1 (what can it no longer do?), 4
-NUM_HEADS = 4         # attention patterns side by side, each D_MODEL / NUM_HEADS wide. Try 1, 8
+D_MODEL = 128         # width: the size of a token's vector. Try 32 (too narrow?), 256 (slower; better?)
+NUM_LAYERS = 2        # transformer layers. Try 1 (what can it no longer do?), 4
+NUM_HEADS = 4         # attention heads, each D_MODEL / NUM_HEADS wide. Try 1, 8
 D_FF = 512            # inner width of the feed-forward network; 4 * D_MODEL is customary. Try 128, 1024
-DROPOUT = 0.0         # share of values zeroed in training, against memorizing. Try 0.1: too few steps here to need it?
+DROPOUT = 0.0         # fraction of activations zeroed in training, against overfitting. Try 0.1: does it help here?
 MAX_LENGTH = 64       # longest sequence, digits and words together. Try 16 (too short: see what it says), 1024
 
 # --- training ---
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 10       # pretraining: passes over the training numbers. Try 1, 3, 20
-LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (stopped with a sentence)
+LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (diverges: see the error)
 FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
-WARMUP_STEPS = 200    # steps from near zero to the peak. Try 0 (a rough start), 500
-WEIGHT_DECAY = 0.1    # pull of the weight matrices towards zero. Try 0, 1.0
-GRAD_CLIP = 1.0       # longest gradient allowed; longer ones are shortened to it. Try 0.1, 100
+WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
+WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
+GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
 MASK_PROBABILITY = 0.15  # share of tokens to be found again. Try 0.05 (little to learn from), 0.5 (mask-predict gains)
 FINE_TUNING_STEPS = 400  # steps of each fine-tuning, however many labels there are. Try 100, 1000
 FINE_TUNING_LEARNING_RATE = 1e-3  # its peak; a smaller one keeps more of what was learned before. Try 1e-4, 3e-3
 NUM_LABELS = [100, 300, 1000, 3000]  # labelled examples, for the table of what pretraining bought. Try adding 30
-SEED = 0              # initial weights, order of batches, sampling. Try 1: how much of the result is luck?
+SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
 
 # --- generation ---
 ITERATIONS = 4        # rounds of mask-predict; 1 fills in all masks at once. Try 1, 10
@@ -113,15 +113,16 @@ TASKS = {  # what each kind of model is trained on: one number, made into an exa
 
 
 class PositionalEncoding(nn.Module):
-    """Tells a position from another: a fixed vector of sines and cosines for each (Vaswani et al. 2017, section 3.5).
+    """A fixed, distinct vector of sines and cosines for each position (Vaswani et al. 2017, section 3.5).
 
         PE(pos, 2i)   = sin(pos / 10000^(2i / C))
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
-    Attention by itself is blind to order: it sees a bag of tokens, in which 12 and 21 are the same. Each pair
-    (2i, 2i+1) is a clock hand, the first turning once in 6 positions, the last once in tens of thousands. Moving k
-    positions on turns each hand by an angle that depends on k alone, wherever one starts: so "k to the left" looks
-    alike everywhere, and attention can learn it once for all positions.
+    Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
+    (A causal mask gives away some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a clock
+    hand; the first turns once in 6 positions, the last once in tens of thousands. Moving k positions to the right turns
+    each hand by an angle that depends only on k, so "k to the left" looks the same everywhere in the sequence, and
+    attention can learn it once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -130,7 +131,7 @@ class PositionalEncoding(nn.Module):
         frequencies = 10000.0 ** (-torch.arange(0, d_model, 2) / d_model)               # (C/2)
         angles = positions * frequencies                                                # (max_length, C/2)
         table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(start_dim=1)  # (max_length, C): sin, cos, ...
-        # A buffer moves with the model to the GPU but is not trained; being a formula, it need not be saved either.
+        # A buffer moves with the model to the GPU but is not trained. It follows from a formula, so it is not saved.
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
@@ -141,16 +142,18 @@ class PositionalEncoding(nn.Module):
 def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
     """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V      (Vaswani et al. 2017, equation 1)
 
-    Every position asks a question, its query. Every position also offers a key, by which it can be found, and a value,
-    which it hands over; all three are learned projections of the position's vector. How well a key fits a query is
-    their dot product. Softmax turns the fits into shares that sum to 1, and the answer is the values, mixed in these.
+    Each position is projected to three vectors: a query (what it looks for), a key (what it is matched by) and a value
+    (what it passes on). The score of a query and a key is their dot product, scaled. Softmax turns the scores of one
+    query into weights that sum to 1, and the output is the weighted average of the values.
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
-    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)).
+    True = may attend. Returns (output (..., T, d_k), weights (..., T, S)). Time is T * S * d_k and memory T * S per
+    head: twice the text costs four times as much. F.scaled_dot_product_attention computes the same output in one fused
+    kernel, which is faster on a GPU but hides the weights; a test compares the two.
 
-    Three tokens, two dimensions, to follow on paper. The factor sqrt(2) undoes the scale, and ln 2 turns the
+    Three tokens, two dimensions, to work through by hand. The factor sqrt(2) cancels the scaling, and ln 2 turns the
     exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
-    (2, 1, 2), their shares (2/5, 1/5, 2/5), so its output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
+    (2, 1, 2), the weights (2/5, 1/5, 2/5), and the output is 0.4 * (10, 0) + 0.2 * (0, 10) + 0.4 * (5, 5) = (6, 4).
 
     >>> key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> query = math.sqrt(2) * math.log(2) * key
@@ -165,7 +168,7 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [4., 6.],
             [5., 5.]])
 
-    With a causal mask the first token sees only itself, the second itself and the first:
+    With a causal mask the first token attends only to itself, the second to itself and the first:
 
     >>> causal = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
     >>> scaled_dot_product_attention(query, key, value, causal)[1]
@@ -173,34 +176,36 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k terms of random sign and size 1 is about sqrt(d_k) large;
-    # undivided, it would saturate softmax: nearly all weight on one position, and hardly any gradient passes.
+    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms of size 1 has size sqrt(d_k). Without the division
+    # softmax would saturate: nearly all weight on one position, and almost no gradient for the others.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
-        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which does not fit into float16;
-        # not -inf, which makes a row with nothing to attend to NaN (here such a row is a harmless average).
+        # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
+        # which turns a row with nothing to attend to into NaN (here such a row becomes a harmless uniform average).
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)                                                    # (..., T, S), rows sum to 1
+    # Dropout here cuts random connections between positions, so that no output relies on attending to one position.
     mixing = weights if dropout is None else dropout(weights)
     return mixing @ value, weights                                                      # (..., T, d_k), (..., T, S)
 
 
 class MultiHeadAttention(nn.Module):
-    """H attentions side by side, each on its own d_k-wide projection of the input (section 3.2.2).
+    """H attention heads in parallel, each on its own d_k-wide projection of the input (section 3.2.2).
 
         MultiHead(x) = Concat(head_1, ..., head_H) W_O,   head_i = Attention(x W_Q_i, x W_K_i, x W_V_i)
 
-    One softmax can concentrate on one thing. Several heads can look at several at once: the digit that is to be named,
-    the word beside it, the end of the digits. All heads together cost what one full-width attention would.
+    One head outputs one weighted average. Several heads can attend to different positions at once: the digit that is
+    to be named, the previous word, the end of the digits. All heads together take as many multiplications as one head
+    of full width would; what grows is the memory, with H attention matrices (T, S) in place of one.
     """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side in one matrix: one large product
+        self.query = nn.Linear(d_model, d_model)   # W_Q of all heads, side by side: one large matrix product
         self.key = nn.Linear(d_model, d_model)     # W_K
         self.value = nn.Linear(d_model, d_model)   # W_V
-        self.output = nn.Linear(d_model, d_model)  # W_O mixes what the heads have found
+        self.output = nn.Linear(d_model, d_model)  # W_O mixes the outputs of the heads
         self.dropout = nn.Dropout(dropout)
 
     def split_heads(self, x):
@@ -210,7 +215,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, mask, attention_maps=None):
         """x (B, T, C) -> (B, T, C). mask: boolean, broadcastable to (B, H, T, T), True = may attend.
 
-        attention_maps: a list that receives this layer's weights (B, H, T, T), for pictures.
+        attention_maps: a list to which this layer's weights (B, H, T, T) are appended, for pictures.
         """
         query = self.split_heads(self.query(x))                                         # (B, H, T, d_k)
         key, value = self.split_heads(self.key(x)), self.split_heads(self.value(x))     # (B, H, T, d_k)
@@ -223,8 +228,10 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
-    Attention moves information between positions; this is where each position works on what it has gathered. It holds
-    two thirds of a layer's parameters, if D_FF = 4 * D_MODEL.
+    Attention moves information between positions; the feed-forward network processes what each position has gathered.
+    Without the GELU, W_1 and W_2 would collapse into a single linear map. The wider the layer in between, the more
+    features it can detect and combine. With D_FF = 4 * D_MODEL it holds two thirds of a layer's parameters, or half
+    where the layer also has cross-attention.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -237,12 +244,17 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """One round of communication (attention), one of thought (feed-forward), each added to what was there.
+    """Attention across positions, then a feed-forward network at each, both with residual connections.
 
-    The sums are the residual stream: a straight road from the embedding to the output, on which gradients travel back
-    undamped. Normalizing inside the branch ("pre-norm", GPT-2) leaves that road clear; the 2017 paper normalized after
-    the sum ("post-norm"), which trains badly when the stack is deep (Xiong et al. 2020). The norm is LayerNorm (Ba et
-    al. 2016): each position's vector is brought to mean 0 and variance 1, then scaled and shifted by learned numbers.
+    The sums form the residual stream: an identity path from the embedding to the output, along which gradients flow
+    back undiminished. Normalizing inside the branch ("pre-norm", GPT-2) leaves that path free; the 2017 paper
+    normalized after the sum ("post-norm"), which needs careful warmup, the more so in deep stacks (Xiong et al. 2020).
+
+    The norm is LayerNorm (Ba et al. 2016): it shifts and scales each position's vector to mean 0 and variance 1, then
+    applies a learned scale and shift. (1, 2, 6) has mean 3 and variance 14/3, so it becomes (-2, -1, 3) / sqrt(14/3):
+
+    >>> F.layer_norm(torch.tensor([1.0, 2.0, 6.0]), normalized_shape=(3,))
+    tensor([-0.9258, -0.4629,  1.3887])
     """
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
@@ -269,7 +281,7 @@ class EncoderOnlyTransformer(nn.Module):
         check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length)
         if task not in TASKS:
             raise InputError(f"{task!r} is not a task of encoder_only.py; these are: {', '.join(TASKS)}.")
-        # What a checkpoint must agree on to fit this model, under the names that stand at the top of the file.
+        # What a checkpoint must match, under the names at the top of this file.
         self.constants = {"D_MODEL": d_model, "NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "D_FF": d_ff,
                           "MAX_LENGTH": max_length, "task": task}
         self.task = task
@@ -277,7 +289,7 @@ class EncoderOnlyTransformer(nn.Module):
         self.positional_encoding = PositionalEncoding(d_model, max_length)
         self.dropout = nn.Dropout(dropout)
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
-        # Pre-norm layers add to the stream without ever normalizing it, so it needs a norm before it is read off.
+        # Pre-norm layers never normalize the residual stream itself, hence the final norm.
         self.final_norm = nn.LayerNorm(d_model)
         # The heads are all that is new in fine-tuning; masked_lm needs none of its own (see forward).
         if task == "tagging":
@@ -288,8 +300,8 @@ class EncoderOnlyTransformer(nn.Module):
         self.apply(init_weights)
 
     def embed(self, ids, positions):
-        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C): what it is, and where."""
-        # Times sqrt(C) (section 3.4), so that the token is heard beside its position, whose sines are of order 1.
+        """Token ids (B, T) and their positions, broadcastable to (B, T) -> (B, T, C)."""
+        # Times sqrt(C) (section 3.4), so that the positional encoding, of order 1, does not dominate the embedding.
         x = self.embedding(ids) * math.sqrt(self.embedding.embedding_dim)               # (B, T, C)
         return self.dropout(x + self.positional_encoding(positions))                    # (B, T, C)
 
@@ -311,16 +323,18 @@ class EncoderOnlyTransformer(nn.Module):
             # <CLS> stands for no word of its own: free to gather what the question needs. Its vector alone is used, so
             # padding can't leak in, as it would in a mean over all positions that forgets to leave it out.
             return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, MAX_WORDS)
-        # logits = x E^T: a token's logit is how well the output fits its embedding. Input and output share the one
-        # table E ("weight tying", Press & Wolf 2017): fewer parameters, and each end learns from the other.
+        # logits = x E^T: a token's logit is the output's dot product with its embedding. Input and output share one
+        # table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
         return F.linear(x, self.embedding.weight)                                       # (B, T, V)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Random weights that let signals through at their own size: Xavier (Glorot & Bengio 2010), biases of zero.
+    """Xavier initialization (Glorot & Bengio 2010), which preserves the variance of activations; zero biases.
 
-    Embeddings start so small that the factor sqrt(C) makes them 0.5 large. They are also the output layer, where larger
-    ones would make the first guesses confident and wrong; so the first loss is near ln V, blind guessing.
+    Embeddings have standard deviation 0.5 after the factor sqrt(C). The same table is the output layer, where larger
+    values would make the first predictions confident and wrong; with these the first loss is near ln V, that of uniform
+    guessing. Near, not at: a token's vector is still most similar to itself, so with tied weights an untrained model
+    tends to repeat its input, which costs it a little more than guessing (training prints both figures).
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -382,12 +396,13 @@ def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed cross-entropy of a batch, and the number of targets that it is the sum of; loss = sum / number.
+    """The summed cross-entropy of a batch and its number of targets; loss = sum / number.
 
-        loss = -1/N  sum over the N targets of  log p(target)            (nats)
+        loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
-    Kept apart, so that whoever adds up several batches (gradient accumulation, several GPUs, a whole test set) can
-    weigh each target alike. The mean of the batches' means would count a target more where there are few.
+    A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
+    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight every
+    target equally. The mean of batch means would overweight the targets of small batches.
     """
     logits, targets = predict(model, batch)
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -397,12 +412,12 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_STEPS) -> float:
     """Linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE_RATIO * peak at the last step.
 
-    Warmup: Adam's first estimates of each gradient's size come from a handful of batches; full-size steps on such
-    estimates can throw the weights where they never recover. Decay: large steps find the valley, small ones its floor.
+    Warmup: Adam's first estimates of gradient sizes come from a handful of batches, and full-size steps on such
+    estimates can derail training for good. Decay: large steps make fast progress, small ones settle into a minimum.
     """
     warmup_steps = min(warmup_steps, num_steps // 5)      # a short run must not be all warmup
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps           # never 0: the first step would be wasted
+        return peak * (step + 1) / warmup_steps           # never 0: that would waste the first step
     progress = (step + 1 - warmup_steps) / max(1, num_steps - warmup_steps)
     lowest = peak * FINAL_LEARNING_RATE_RATIO
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -411,33 +426,35 @@ def learning_rate_at(step, num_steps, peak=LEARNING_RATE, warmup_steps=WARMUP_ST
 def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019), with weight decay on the matrices of the Linear layers and on nothing else.
 
-    Decay says "no weight without need". A norm's scale belongs near 1, not 0; a bias is one number against a matrix of
-    them; and a rare word's embedding would shrink at every step at which the word does not even occur.
+        m <- beta_1 m + (1 - beta_1) gradient           v <- beta_2 v + (1 - beta_2) gradient^2
+        weight <- weight - learning_rate * (m / (sqrt(v) + epsilon) + weight_decay * weight)
+
+    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square: so
+    all weights move by about the learning rate per step, whether their gradients are large or tiny. (Both means are
+    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them. Norms are left out,
+    since their scale belongs near 1; so are biases, which are few, and by convention embeddings.
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) forgets old gradient sizes sooner than the usual 0.999, which
-    # averages over a thousand steps: too slow for so short a training.
+    # A beta_2 of 0.98 (Vaswani et al. 2017, section 5.3) averages squared gradients over about 50 steps; the default
+    # 0.999 averages over 1,000, too many for so short a run.
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
-    """The heart of training: one batch, one update of all weights. Returns the loss and the gradient's norm.
+    """One step of training: a batch, its gradient, one update of all weights. Returns the loss and the gradient norm.
 
-        gradient <- d loss / d weights,   shortened to GRAD_CLIP if it is longer
-        weights  <- weights - learning_rate * AdamW(gradient)
-
-    Raises FloatingPointError, before the weights are touched, when the loss is not finite or far above ln V.
+    Raises FloatingPointError, before the weights are changed, when the loss is not finite or far above ln V.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss_sum, num_targets = compute_loss(model, batch)
     loss = loss_sum / num_targets.clamp(min=1)    # a batch without targets gives 0, not 0 / 0
-    optimizer.zero_grad()                         # backward adds to .grad: without this, gradients accumulate
+    optimizer.zero_grad()                         # backward adds to .grad; without this, gradients accumulate
     loss.backward()
-    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one is scaled down, its direction kept.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
     # Comparisons with NaN are False. Above 10 ln V the run has diverged too, even if clipping keeps the loss finite.
     if not (loss < 10 * math.log(len(VOCABULARY)) and grad_norm.isfinite()):
@@ -447,12 +464,12 @@ def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
-    """Train the model in place, and look at the validation numbers num_evaluations times on the way.
+    """Train the model in place, and evaluate it on the validation numbers num_evaluations times on the way.
 
-    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to move on; without it this shows its
-    own, and a line at each evaluation. Returns the history, one dict per step: step, loss, learning_rate, grad_norm
-    and, where there was an evaluation, validation_loss and exact_match. Raises FloatingPointError when the loss is no
-    longer finite, or has left all reason.
+    loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to advance; without it, train shows
+    its own, and at each evaluation a line with an example (from answer, which calls generate; both come below).
+    Returns the history, one dict per step: step, loss, learning_rate, grad_norm and, where there was an evaluation,
+    validation_loss and exact_match. Raises FloatingPointError when training diverges.
     """
     check_training(num_epochs, learning_rate)
     optimizer = create_optimizer(model, learning_rate)
@@ -472,7 +489,7 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"Training diverged: {error} at step {step}. Lower LEARNING_RATE = {learning_rate} or raise "
-                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint saved is untouched.") from None
+                    f"WARMUP_STEPS = {WARMUP_STEPS}. The last checkpoint is untouched.") from None
             history.append({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm})
             bar.update()
             if step not in evaluation_steps:
@@ -488,7 +505,7 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     return history
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, loader) -> dict:
     """Test on numbers that were not trained on. Returns loss (nats per target), exact_match, accuracy and mistakes.
 
@@ -532,7 +549,7 @@ def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
 # ======================================================================================================
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Tensor:
     """Fill in the <MASK>s of each prompt (a list of ids). Returns the texts, (B, T), padded on the right.
 
@@ -588,7 +605,7 @@ def fill_in(model, texts: list[str]) -> list[str]:
                      if i != CLS_ID).removesuffix(" <SEP>") for prompt, ids in zip(prompts, filled)]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def answer(model, numbers: list[int]) -> list[str]:
     """What the model says to each number, by its task; wrong answers are marked, with what would have been right."""
     lines = []
@@ -684,23 +701,23 @@ def check_training(num_epochs, learning_rate) -> None:
 
 
 def all_constants(model) -> dict:
-    """What a checkpoint was made with: the model's sizes, and the language and the numbers that it learned."""
+    """What a checkpoint depends on: the model's sizes, the language, and the training numbers."""
     data = {name: getattr(toy_dataset, name) for name in ("MAX_DIGITS", "NUM_TRAIN", "SEED")}
     return model.constants | {f"toy_dataset.{name}": value for name, value in data.items()}
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError, naming the folder, if nothing can be written where path is."""
+    """Create the folder of path. Raises OSError, naming the folder, if nothing can be written there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent} is not writable: change its permissions, or CHECKPOINT in this file.")
 
 
 def save(model, path=CHECKPOINT) -> None:
-    """Write weights and constants to path. What stood there before is kept beside it, as *.old.
+    """Write weights and constants to path. An existing file is kept as *.old.
 
-    Atomic: the file is written under another name and then renamed, which happens at once or not at all. Whatever is
-    killed at whatever moment, under the checkpoint's name there is a whole checkpoint: the old one or the new.
+    Atomic: the file is written under another name and then renamed, which happens completely or not at all. Whenever
+    the process is killed, path holds a complete checkpoint, the old or the new, or none if there was none.
     """
     path = Path(path)
     check_writable(path)
@@ -715,13 +732,13 @@ def save(model, path=CHECKPOINT) -> None:
 def load(path=CHECKPOINT, model=None):
     """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
 
-    Raises InputError when the file is no checkpoint, or not one of this model and these constants; FileNotFoundError
-    when there is none.
+    Raises InputError if the file is not a checkpoint of this model with these constants; FileNotFoundError if there is
+    none.
     """
     model = build_model() if model is None else model
     remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
     try:
-        # A pickle may hold any code, and run it when it is read. weights_only reads tensors, numbers and texts alone.
+        # Unpickling can execute arbitrary code; weights_only allows only tensors and plain values.
         checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
         architecture, constants, weights = (checkpoint[key] for key in ("architecture", "constants", "weights"))
     except (FileNotFoundError, PermissionError):
@@ -732,8 +749,8 @@ def load(path=CHECKPOINT, model=None):
         raise InputError(f"{path} holds a {architecture}, not a {type(model).__name__}. {remedy}")
     for name, today in all_constants(model).items():
         if constants.get(name) != today:
-            raise InputError(f"{path} was made with {name} = {constants.get(name)}, and now it is {today}. Change it "
-                             f"back. Or: {remedy}")
+            raise InputError(f"{path} was saved with {name} = {constants.get(name)}, but now it is {today}. Change it "
+                             f"back, or: {remedy}")
     model.load_state_dict(weights)
     return model.eval()
 
@@ -744,7 +761,7 @@ def load(path=CHECKPOINT, model=None):
 
 
 def parameter_formula(model) -> tuple[str, int]:
-    """How many parameters there should be, by arithmetic: the formula, and its value."""
+    """The expected number of parameters: as a formula, and its value."""
     V, C, F, L = len(VOCABULARY), *(model.constants[name] for name in ("D_MODEL", "D_FF", "NUM_LAYERS"))
     formula, head = {"masked_lm": ("", 0), "tagging": (" + C*K + K", C * MAX_DIGITS + MAX_DIGITS),
                      "counting": (" + C*C + C + C*K + K", C * C + C + C * MAX_WORDS + MAX_WORDS)}[model.task]
@@ -752,19 +769,23 @@ def parameter_formula(model) -> tuple[str, int]:
     return formula, V * C + L * (4 * (C * C + C) + (C * F + F) + (F * C + C) + 4 * C) + 2 * C + head
 
 
+@torch.inference_mode()
 def print_configuration(model, loaders) -> None:
-    """What is about to be trained, and what its loss can be expected to be, before the first step."""
+    """What is about to be trained, and which losses to expect, before the first step."""
     print(f"{type(model).__name__} on {next(model.parameters()).device}:\n  "
           + ", ".join(f"{name} {value}" for name, value in model.constants.items()))
     count = sum(parameter.numel() for parameter in model.parameters())
     formula, expected = parameter_formula(model)
-    print(f"Parameters: {count:,}, and by arithmetic {expected:,}\n  = {formula}")
+    print(f"Parameters: {count:,}, expected {expected:,}\n  = {formula}")
     sizes = [f"{len(loader.dataset):,}" for loader in loaders]
-    print(f"Numbers: {sizes[0]} to learn from, {sizes[1]} for validation, {sizes[2]} for the test; all different")
-    with torch.no_grad():
-        loss_sum, num_targets = compute_loss(model, next(iter(loaders.validation)))
-    print(f"Loss: {math.log(len(VOCABULARY)):.3f} is blind guessing (ln V), {loss_sum / num_targets:.3f} this model, "
-          f"untrained;\n  {describe_floor(loaders.validation.dataset)}\n")
+    print(f"Data: {sizes[0]} training, {sizes[1]} validation and {sizes[2]} test numbers, disjoint")
+    batch = next(iter(loaders.validation))
+    loss_sum, num_targets = compute_loss(model, batch)
+    inputs = batch["target" if "target" in batch else "ids"]                            # (B, T)
+    repeated = (predict(model, batch)[0].argmax(dim=-1).cpu() == inputs)[inputs != PAD_ID].float().mean()
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} for uniform guessing (ln V), {loss_sum / num_targets:.3f} for the "
+          f"untrained model\n  ({repeated:.0%} of its predictions repeat the token at their own position: input and\n"
+          f"  output share one embedding table), {describe_floor(loaders.validation.dataset)}\n")
 
 
 def describe_floor(dataset) -> str:
