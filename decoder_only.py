@@ -647,12 +647,12 @@ def answer(model, numbers: list[int]) -> list[str]:
 
 
 # ======================================================================================================
-# BUILDING A MODEL, AND REFUSING WHAT CANNOT WORK
+# BUILDING A MODEL, AND VALIDATING WHAT IT IS GIVEN
 # ======================================================================================================
 
 
 def get_device() -> torch.device:
-    """The fastest device here: an NVIDIA GPU (cuda), an Apple one (mps), or else the CPU, which is enough."""
+    """The fastest device available: an NVIDIA GPU (cuda), an Apple one (mps), or the CPU, which is enough."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -660,54 +660,76 @@ def get_device() -> torch.device:
 
 def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
                 max_length=MAX_LENGTH):
-    """A new model with random weights (torch.manual_seed before it makes them repeatable), on the fastest device."""
+    """A new model with random weights, on the fastest device (call torch.manual_seed first for reproducibility)."""
     return DecoderOnlyTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length).to(get_device())
 
 
+def check_constant(name, value, kind, fits, wanted) -> None:
+    """Raise InputError, in one sentence, for a value of the wrong type or one for which fits(value) is false.
+
+    kind: int, or (int, float). The value is shown as Python writes it, to tell '128' from 128.
+    """
+    if not isinstance(value, kind) or not fits(value):
+        raise InputError(f"{name} = {value!r} must be {wanted}.")
+
+
 def check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length) -> None:
-    """Refuse sizes of which no model can be made, and say which would do. Raises InputError."""
+    """Validate the model's sizes; errors suggest valid ones. Raises InputError."""
     for name, size in [("D_MODEL", d_model), ("NUM_LAYERS", num_layers), ("NUM_HEADS", num_heads), ("D_FF", d_ff),
                        ("MAX_LENGTH", max_length)]:
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"{name} = {size} must be a whole number, at least 1.")
+        check_constant(name, size, int, lambda n: n >= 1, "a whole number, at least 1")
     if d_model % 2:
-        raise InputError(f"D_MODEL = {d_model} must be even, for sines and cosines come in pairs: {d_model + 1} works.")
+        works = math.lcm(2, num_heads) * math.ceil(d_model / math.lcm(2, num_heads))
+        raise InputError(f"D_MODEL = {d_model} must be even, since sines and cosines come in pairs: {works} works.")
     if d_model % num_heads:
         divisors = ", ".join(str(n) for n in range(1, 17) if d_model % n == 0)
-        raise InputError(f"D_MODEL = {d_model} cannot be shared equally among NUM_HEADS = {num_heads}: with this width "
-                         f"NUM_HEADS = {divisors} work, with these heads D_MODEL = {32 * num_heads} works.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"DROPOUT = {dropout} must be at least 0 and below 1: 0.1 works.")
+        raise InputError(f"D_MODEL = {d_model} is not divisible by NUM_HEADS = {num_heads}: with this width, "
+                         f"NUM_HEADS = {divisors} work; with this number of heads, D_MODEL = {32 * num_heads}.")
+    check_constant("DROPOUT", dropout, (int, float), lambda p: 0 <= p < 1, "a number from 0 to below 1: 0.1 works")
 
 
 def check_length(ids: torch.Tensor, max_length: int) -> None:
-    """Refuse a batch (B, T) with more positions than there are encodings for. Raises InputError."""
+    """Raise InputError for a batch (B, T) with more positions than there are positional encodings."""
     if ids.size(1) > max_length:
         raise InputError(f"A sequence of {ids.size(1)} tokens is longer than MAX_LENGTH = {max_length}: "
                          f"set MAX_LENGTH to at least {ids.size(1)}, and train again.")
 
 
 def check_training(num_epochs, learning_rate) -> None:
-    """Refuse training constants that cannot train. Raises InputError."""
-    for name, value, works in [("NUM_EPOCHS", num_epochs, 10), ("LEARNING_RATE", learning_rate, 2e-3),
-                               ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
-        if not value > 0:
-            raise InputError(f"{name} = {value} must be above 0: {works} works.")
-    for name, value, works in [("WARMUP_STEPS", WARMUP_STEPS, 200), ("WEIGHT_DECAY", WEIGHT_DECAY, 0.1)]:
-        if not value >= 0:
-            raise InputError(f"{name} = {value} must not be negative: {works} works.")
+    """Validate the training constants. Raises InputError."""
+    for name, value in [("NUM_EPOCHS", num_epochs), ("BATCH_SIZE", BATCH_SIZE)]:
+        check_constant(name, value, int, lambda n: n >= 1, "a whole number, at least 1")
+    check_constant("WARMUP_STEPS", WARMUP_STEPS, int, lambda n: n >= 0, "a whole number, at least 0")
+    check_constant("SEED", SEED, int, lambda n: 0 <= n < 2**63, "a whole number, at least 0 and below 2**63")
+    for name, value, works in [("LEARNING_RATE", learning_rate, 2e-3), ("GRAD_CLIP", GRAD_CLIP, 1.0)]:
+        check_constant(name, value, (int, float), lambda x: x > 0, f"a number above 0: {works} works")
+    check_constant("WEIGHT_DECAY", WEIGHT_DECAY, (int, float), lambda x: x >= 0, "a number, at least 0: 0.1 works")
+    check_constant("FINAL_LEARNING_RATE_RATIO", FINAL_LEARNING_RATE_RATIO, (int, float), lambda x: 0 <= x <= 1,
+                   "a number from 0 to 1: 0.01 works")
 
 
 def check_generation(temperature, top_k, top_p, max_new_tokens) -> None:
-    """Refuse settings that mean nothing. Raises InputError."""
-    if not temperature >= 0:
-        raise InputError(f"temperature {temperature} must be 0 (greedy) or above: 0.7 works.")
-    if top_k is not None and not top_k >= 1:
-        raise InputError(f"top_k {top_k} must be at least 1, or None for all tokens.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p {top_p} must be above 0 and at most 1, or None for all tokens.")
-    if not max_new_tokens >= 1:
-        raise InputError(f"max_new_tokens {max_new_tokens} must be at least 1.")
+    """Validate the generation settings. Raises InputError."""
+    check_constant("TEMPERATURE", temperature, (int, float), lambda x: x >= 0,
+                   "a number, 0 (greedy) or above: 0.7 works")
+    if top_k is not None:
+        check_constant("TOP_K", top_k, int, lambda k: k >= 1, "a whole number, at least 1, or None for all tokens")
+    if top_p is not None:
+        check_constant("TOP_P", top_p, (int, float), lambda p: 0 < p <= 1,
+                       "a number above 0 and at most 1, or None for all tokens")
+    check_constant("MAX_NEW_TOKENS", max_new_tokens, int, lambda n: n >= 1, "a whole number, at least 1")
+
+
+def check_constants() -> None:
+    """Validate all constants before training starts, not after it. Raises InputError, or OSError."""
+    check_writable(CHECKPOINT)
+    check_training(NUM_EPOCHS, LEARNING_RATE)
+    check_generation(TEMPERATURE, TOP_K, TOP_P, MAX_NEW_TOKENS)
+    check_constant("REPETITION_PENALTY", REPETITION_PENALTY, (int, float), lambda x: x > 0,
+                   "a number above 0: 1 changes nothing, 1.2 works")
+    check_constant("EXAMPLES", EXAMPLES, list, len, "a list of at least one number")
+    for number in [*EXAMPLES, PROGRESS_EXAMPLE]:
+        parse_number(str(number))
 
 
 # ======================================================================================================
@@ -796,9 +818,10 @@ def print_configuration(model, loaders) -> None:
     loss_sum, num_targets = compute_loss(model, batch)
     inputs = batch["target" if "target" in batch else "ids"]                            # (B, T)
     repeated = (predict(model, batch)[0].argmax(dim=-1).cpu() == inputs)[inputs != PAD_ID].float().mean()
-    print(f"Loss: {math.log(len(VOCABULARY)):.3f} for uniform guessing (ln V), {loss_sum / num_targets:.3f} for the "
-          f"untrained model\n  ({repeated:.0%} of its predictions repeat the token at their own position: input and\n"
-          f"  output share one embedding table), {describe_floor(loaders.validation.dataset)}\n")
+    print(f"Loss: {math.log(len(VOCABULARY)):.3f} for uniform guessing (ln V)\n"
+          f"      {loss_sum / num_targets:.3f} for the untrained model; {repeated:.0%} of its predictions repeat their "
+          f"input,\n            since input and output share one embedding table\n"
+          f"      {describe_floor(loaders.validation.dataset)}\n")
 
 
 def describe_floor(dataset) -> str:
@@ -875,7 +898,7 @@ def show_cache(model) -> None:
 
 def train_and_test():
     """Train a model with the constants above, test it on the test numbers, and save it."""
-    check_writable(CHECKPOINT)  # before a minute of training, not after it
+    check_constants()
     torch.manual_seed(SEED)
     model, loaders = build_model(), create_dataloaders()
     print_configuration(model, loaders)

@@ -141,7 +141,7 @@ def test_generation_is_without_dropout_and_puts_the_mode_back():
     (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
     (dict(top_p=1.5), "top_p"), (dict(repetition_penalty=0), "repetition"), (dict(max_new_tokens=0), "max_new")])
 def test_settings_that_mean_nothing_are_refused(settings, name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"(?i){name}"):
         gpt.generate(tiny(gpt), PROMPTS, **settings)
 
 

@@ -21,6 +21,7 @@ DIFFERENT = {
     "parameter_formula": "each has its own parts",
     "describe_floor": "only free text has entropy",
     "show_strategies": "they have different strategies",
+    "check_constants": "each has constants of its own",
     "train_and_test": "an encoder is pretrained, then fine-tuned",
     "main": "each shows what it is for",
 }
