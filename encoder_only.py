@@ -593,7 +593,8 @@ def parse_text(text: str) -> list[int]:
     if "<MASK>" not in tokens:
         raise InputError(f"{text!r} has no <MASK> to fill in.")
     if tokens.count("<SEP>") != 1 or len(tokens) > MAX_LENGTH - 2:
-        raise InputError(f"{text!r} is not of the form 'digits <SEP> words', with at most {MAX_LENGTH - 2} tokens.")
+        raise InputError(f"{text!r} is not of the form 'digits <SEP> words' with at most MAX_LENGTH - 2 "
+                         f"tokens (MAX_LENGTH = {MAX_LENGTH}).")
     return to_ids(["<CLS>", *tokens, "<SEP>"])
 
 
