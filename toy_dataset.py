@@ -1,30 +1,29 @@
-"""toy_dataset.py - the little language that all three transformers in this repository learn.
+"""toy_dataset.py - the small language that all three transformers in this repository learn.
 
 Whole numbers below a million, written as digits, and their English names, written as words:
 
     3 4 2      <->  three hundred forty two
     9 0 2 1 0  <->  ninety thousand two hundred ten          (no "and", no hyphens)
 
-Why this language? A million sentences, all of them known, every answer right or wrong: so nothing about a model
-has to be taken on trust. It is small enough to learn in seconds on two CPU cores, and it still has what makes
-real language hard:
+Why this language? All million sentences are known, so every answer can be checked. It is small enough to learn in
+seconds on two CPU cores, and it still has what makes real language hard:
 
     variable length      7 is one digit and one word, 777777 is six digits and nine words
-    word order           "two thousand ten" is 2 0 1 0: the zeros are heard only in what is not said
-    left context         "two" after a "thousand" is 2, or 200, but not 2000: the thousands have been named
-    right context        "six hundred ..." is 600, or 600000 if a "thousand" follows further on
+    alignment            "two thousand ten" is 2 0 1 0: the zeros have no words of their own
+    left context         "two" after "thousand" is 2 or 200, but not 2000: the thousands have been named
+    right context        "six hundred ..." is 600, or 600000 if "thousand" follows later
 
-The models train on 10,000 numbers, 1% of the language, and are tested on numbers of the rest. Whoever gets those right
-has not memorized names, but learned how names are made.
+The models train on 10,000 numbers, 1% of the language, and are tested on others. Getting those right takes the naming
+rule, not memorized names.
 
-Three kinds of work can be done in this language, and each is what one family of transformers was made for:
+The language defines three tasks, one for each transformer family:
 
-    understand   say what each digit is worth:  3 4 2 -> hundreds, tens, ones        (encoder_only.py)
-    generate     name a new number out of nothing                                    (decoder_only.py)
-    transform    read digits, write words                                            (encoder_decoder.py)
+    understand   label each digit's place value:  3 4 2 -> hundreds, tens, ones      (encoder_only.py)
+    generate     generate a new number with its name                                 (decoder_only.py)
+    transform    digits in, words out                                                (encoder_decoder.py)
 
-Run `python toy_dataset.py` (a second or two): it prints the vocabulary, the splits, the same numbers as each
-architecture is fed them, and a padded batch with its mask. To play: change a constant below and run it again.
+Run `python toy_dataset.py` (a second or two): it prints the vocabulary, the splits, the same numbers as input to each
+architecture, and a padded batch with its mask. To experiment, change a constant below and run it again.
 """
 
 import random
@@ -40,22 +39,22 @@ from torch.utils.data import DataLoader, Dataset
 # CONSTANTS
 # ======================================================================================================
 
-MAX_DIGITS = 6           # longest number, in digits: 6 is "below a million". Try 9 (million) or 12 (billion).
-NUM_TRAIN = 10_000       # numbers to learn from: 1% of the language. Try 1_000: where does it stop working?
-NUM_VALIDATION = 2_000   # held out, looked at during training, to see whether it goes well
-NUM_TEST = 20_000        # held out, looked at once, at the end: the figures that count
-SEED = 1234              # decides which numbers fall into which split. Try 1235: do the results depend on luck?
+MAX_DIGITS = 6           # longest number, in digits: 6 is "below a million". Try 9 (a billion) or 12 (a trillion).
+NUM_TRAIN = 10_000       # training numbers: 1% of the language, if MAX_DIGITS is 6. Try 1_000: what breaks first?
+NUM_VALIDATION = 2_000   # held out; evaluated during training to monitor progress
+NUM_TEST = 20_000        # held out; used only after training: the accuracies that count
+SEED = 1234              # decides which numbers fall into which split. Try 1235: do the results change?
 
 
 class InputError(ValueError):
-    """Something that the person at the keyboard can mend: from the shell it is shown as one sentence, no traceback.
+    """A user error: the shell shows one line, no traceback.
 
-    A class of its own, so that mistakes in the code (yours, while you experiment) keep their full traceback.
+    A class of its own, so that bugs in the code (yours, while you experiment) keep their full traceback.
     """
 
 
 if not (isinstance(MAX_DIGITS, int) and 3 <= MAX_DIGITS <= 12):
-    sys.exit(f"toy_dataset.py: MAX_DIGITS = {MAX_DIGITS} is out of range: whole numbers from 3 to 12 work.")
+    sys.exit(f"toy_dataset.py: MAX_DIGITS = {MAX_DIGITS} is out of range: use an integer from 3 to 12.")
 
 # ======================================================================================================
 # THE LANGUAGE: numbers <-> words
@@ -64,11 +63,11 @@ if not (isinstance(MAX_DIGITS, int) and 3 <= MAX_DIGITS <= 12):
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
         "seventeen eighteen nineteen").split()                       # ONES[n] names n, for n below 20
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # TENS[n] names 10 * (n + 2)
-UNITS = {"billion": 10**9, "million": 10**6, "thousand": 1000, "hundred": 100}  # large to small, as they are said
-UNITS = {word: value for word, value in UNITS.items() if value < 10**MAX_DIGITS}  # only those that can occur
+UNITS = {"billion": 10**9, "million": 10**6, "thousand": 1000, "hundred": 100}  # large to small, in spoken order
+UNITS = {word: value for word, value in UNITS.items() if value < 10**MAX_DIGITS}  # only those that occur
 VALUES = {**{word: n for n, word in enumerate(ONES)}, **{word: 10 * n for n, word in enumerate(TENS, start=2)}}
 
-# What each digit is worth, counted from the right: PLACES[0] is the last digit's place.
+# Place values, counted from the right: PLACES[0] is that of the last digit.
 PLACES = ("ones tens hundreds thousands ten-thousands hundred-thousands millions ten-millions hundred-millions "
           "billions ten-billions hundred-billions").split()[:MAX_DIGITS]
 
@@ -84,22 +83,22 @@ def number_to_words(number: int) -> list[str]:
     if number < 100:
         tens, rest = divmod(number, 10)
         return [TENS[tens - 2]] + (number_to_words(rest) if rest else [])
-    # The largest unit that fits splits the number in two smaller ones, each named the same way:
-    # 90210 = 90 thousand + 210. A rest of zero is not said: "ninety thousand", not "ninety thousand zero".
+    # The largest unit that fits splits the number into two smaller ones, each named the same way:
+    # 90210 = 90 thousand + 210. A remainder of zero is omitted: "ninety thousand", not "ninety thousand zero".
     unit, value = next((unit, value) for unit, value in UNITS.items() if value <= number)
     count, rest = divmod(number, value)
     return number_to_words(count) + [unit] + (number_to_words(rest) if rest else [])
 
 
 def words_to_number(words: list[str]) -> int:
-    """The number that a name stands for; the exact inverse of number_to_words.
+    """The number with this name; the exact inverse of number_to_words.
 
-    Raises InputError for anything that is not the one proper name of a number ("two two", "hundred", "one zero").
+    Raises InputError for anything that is not the name of a number ("two two", "hundred", "one zero").
 
     >>> words_to_number("ninety thousand two hundred ten".split())
     90210
     """
-    total = group = 0  # `group` collects what stands before the next thousand, million, ...
+    total = group = 0  # `group` is the sum of the words since the last thousand, million, ...
     for word in words:
         if word == "hundred":
             group *= 100
@@ -108,16 +107,16 @@ def words_to_number(words: list[str]) -> int:
         elif word in VALUES:
             group += VALUES[word]
         else:
-            raise InputError(f"{word!r} is not a number word. The language knows: {' '.join([*VALUES, *UNITS])}.")
+            raise InputError(f"{word!r} is not a number word. Known words: {' '.join([*VALUES, *UNITS])}.")
     number = total + group
-    # Adding up accepts "two ten" (12) as well; but a name is a name only if naming its number gives it back.
+    # The sum also accepts "two ten" (12), so check that number_to_words gives the same words back.
     if not words or number >= 10**MAX_DIGITS or number_to_words(number) != list(words):
         raise InputError(f"'{' '.join(words)}' is not the name of a number from 0 to {10**MAX_DIGITS - 1}.")
     return number
 
 
 def parse_number(text: str) -> int:
-    """The number that a person typed. Raises InputError, in one sentence, for what is outside the language.
+    """Parse user input. Raises InputError, in one sentence, if it is outside the language.
 
     >>> parse_number("342")
     342
@@ -125,7 +124,7 @@ def parse_number(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or (text != "0" and text.startswith("0")):
         raise InputError(f"{text!r} is not a number of this language: digits only, no sign, comma or leading zero.")
     if len(text) > MAX_DIGITS:
-        raise InputError(f"{text} is too long: this language has numbers of 1 to {MAX_DIGITS} digits.")
+        raise InputError(f"{text} is too long: numbers of this language have 1 to {MAX_DIGITS} digits.")
     return int(text)
 
 
@@ -133,15 +132,15 @@ def parse_number(text: str) -> int:
 # THE VOCABULARY: tokens <-> ids
 # ======================================================================================================
 
-# A model sees neither digits nor words, only ids: row numbers of its embedding table. Digits and words share ONE
-# table, so that a token means the same wherever it stands: in a source, in a target, before or after a <SEP>.
+# A model's input is neither digits nor words but ids: row numbers of its embedding table. Digits and words share ONE
+# table, so that a token has the same embedding everywhere: in a source, in a target, before or after a <SEP>.
 SPECIAL_TOKENS = [
-    "<PAD>",   # fills short sequences up to the batch's longest; attention never looks at it, the loss never counts it
-    "<SOS>",   # start of sequence: what a decoder is given before it has written anything
-    "<EOS>",   # end of sequence: how a model says "I am done"
-    "<CLS>",   # "classify": the position whose output stands for the whole sequence (BERT)
+    "<PAD>",   # pads sequences to the longest in the batch; masked in attention, ignored by the loss
+    "<SOS>",   # start of sequence: a decoder's first input
+    "<EOS>",   # end of sequence: the model predicts it to stop
+    "<CLS>",   # "classify": its output vector represents the whole sequence (BERT)
     "<SEP>",   # separates the digits from their name
-    "<MASK>",  # "what stood here?" (BERT)
+    "<MASK>",  # replaces a token that must be predicted (BERT)
 ]
 DIGITS = list("0123456789")
 WORDS = [*VALUES, *reversed(UNITS)]
@@ -149,9 +148,9 @@ VOCABULARY = SPECIAL_TOKENS + DIGITS + WORDS
 TOKEN_TO_ID = {token: i for i, token in enumerate(VOCABULARY)}
 PAD_ID, SOS_ID, EOS_ID, CLS_ID, SEP_ID, MASK_ID = range(len(SPECIAL_TOKENS))  # PAD_ID is 0
 
-IGNORE = -100  # the target that says "nothing is asked here"; F.cross_entropy skips it (its default ignore_index)
+IGNORE = -100  # target of positions without a loss: F.cross_entropy skips it (its default ignore_index)
 
-MAX_WORDS = max(len(number_to_words(int("7" * length))) for length in range(1, MAX_DIGITS + 1))  # 777777 says it all
+MAX_WORDS = max(len(number_to_words(int("7" * length))) for length in range(1, MAX_DIGITS + 1))  # 777777 is the longest
 
 
 def to_ids(tokens: list[str]) -> list[int]:
@@ -167,17 +166,17 @@ def to_ids(tokens: list[str]) -> list[int]:
 
 
 def to_tokens(ids: list[int]) -> list[str]:
-    """Ids -> tokens, without the padding. The inverse of to_ids."""
+    """Ids -> tokens, dropping padding; otherwise the inverse of to_ids."""
     return [VOCABULARY[i] for i in ids if i != PAD_ID]
 
 
 # ======================================================================================================
-# THE SPLITS: which numbers are learned from, which are held out
+# THE SPLITS: training, validation and test numbers
 # ======================================================================================================
 
 
 class Splits(NamedTuple):
-    """Three lists of numbers (or three DataLoaders over them) that share no number."""
+    """Three disjoint lists of numbers (or three DataLoaders over them)."""
 
     train: list
     validation: list
@@ -185,9 +184,9 @@ class Splits(NamedTuple):
 
 
 def spread_evenly(total: int, capacities: list[int]) -> list[int]:
-    """Share `total` among places of limited size (small ones first), as evenly as they allow.
+    """Distribute `total` over bins of limited capacity (in ascending order), as evenly as possible.
 
-    >>> spread_evenly(100, [10, 50, 500])     # 10 is full, the other two share the rest
+    >>> spread_evenly(100, [10, 50, 500])     # the first bin is full, the other two share the rest
     [10, 45, 45]
     """
     shares = []
@@ -199,15 +198,15 @@ def spread_evenly(total: int, capacities: list[int]) -> list[int]:
 
 @cache
 def make_splits() -> Splits:
-    """Draw the training, validation and test numbers: disjoint, from SEED, the same on every machine.
+    """Draw the training, validation and test numbers: disjoint, determined by SEED, the same on every machine.
 
-    Numbers are drawn by length. Drawn blindly, nine of ten would have six digits, and short ones would hardly be seen.
-    - Everything below 100 is for training: nobody can guess "zero" or "twelve" who has never met it.
-    - Of each longer length at most half is for training, and of the rest at most half for validation, so that
-      something of every length remains for the test.
+    Numbers are drawn by length. Sampled uniformly, nine in ten would have six digits and short ones would be rare.
+    - Everything below 100 is for training: a word that never occurs in training cannot be predicted.
+    - Of each longer length at most half is for training, and of the rest at most half for validation, so that some
+      numbers of every length remain for the test.
     """
     if NUM_TRAIN <= 100 or NUM_VALIDATION < 1 or NUM_TEST < 1:
-        raise InputError(f"NUM_TRAIN = {NUM_TRAIN} must be above 100, as all numbers below 100 are learned; "
+        raise InputError(f"NUM_TRAIN = {NUM_TRAIN} must be above 100, as all numbers below 100 are in it; "
                          f"NUM_VALIDATION = {NUM_VALIDATION} and NUM_TEST = {NUM_TEST} must be at least 1.")
     lengths = range(3, MAX_DIGITS + 1)
     sizes = [9 * 10 ** (length - 1) for length in lengths]  # how many numbers of this length there are
@@ -220,23 +219,23 @@ def make_splits() -> Splits:
     rng = random.Random(SEED)
     splits = Splits(list(range(100)), [], [])
     for length, *counts in zip(lengths, train_counts, validation_counts, test_counts):
-        # One draw without repetition, cut in three: that the pieces share no number needs no check.
+        # One draw without replacement, cut in three: disjoint by construction.
         drawn = iter(rng.sample(range(10 ** (length - 1), 10**length), sum(counts)))
         for split, count in zip(splits, counts):
             split.extend(next(drawn) for _ in range(count))
     for split in splits:
-        rng.shuffle(split)  # so that split[:500] is a fair sample of all lengths
+        rng.shuffle(split)  # so that split[:500] represents all lengths
     return splits
 
 
 # ======================================================================================================
-# THE EXAMPLES: one number, as each architecture is fed it
+# THE EXAMPLES: one number, as input to each architecture
 # ======================================================================================================
-# An example is a dict of plain lists. "targets" stand one to one beside the positions that must predict them.
+# An example is a dict of plain lists. "targets" align with the positions that predict them.
 
 
 def masked_lm_example(number: int) -> dict:
-    """BERT's two-segment input. What is to be predicted is hidden later, anew each time (encoder_only.mask_tokens).
+    """BERT's two-segment input. Masking is dynamic, drawn anew for each batch (encoder_only.mask_tokens).
 
     ids      <CLS> 3 4 2 <SEP> three hundred forty two <SEP>
     """
@@ -244,7 +243,7 @@ def masked_lm_example(number: int) -> dict:
 
 
 def tagging_example(number: int) -> dict:
-    """Token classification: a label for each digit, its place counted from the right (an index into PLACES).
+    """Token classification: a label for each digit, its place value (an index into PLACES).
 
     ids      <CLS>  3  4  2  <SEP>
     places     -    2  1  0    -                  (- is IGNORE)
@@ -254,7 +253,7 @@ def tagging_example(number: int) -> dict:
 
 
 def counting_example(number: int) -> dict:
-    """Sequence classification: one label for the whole, the number of words in its name (less one, to start at 0).
+    """Sequence classification: one label per sequence, the number of words in the name (minus 1, to start at 0).
 
     ids      <CLS> 3 4 2 <SEP>
     count    3                                    (class 3: four words)
@@ -263,13 +262,13 @@ def counting_example(number: int) -> dict:
 
 
 def decoder_only_example(number: int, loss_on_prompt: bool = True) -> dict:
-    """GPT's one text, read left to right: the target of each position is the token that comes next.
+    """One sequence, as in GPT: the target of each position is the next token.
 
     ids      <SOS>  3  4   2    <SEP>   three  hundred forty  two
     targets    3    4  2  <SEP> three  hundred  forty   two  <EOS>
 
-    With loss_on_prompt=False everything before `three` becomes IGNORE: the model then learns to translate a number
-    that it is given, but not to come up with one.
+    With loss_on_prompt=False all targets before `three` become IGNORE: the model then learns to name a given number,
+    but not to generate one.
     """
     prompt = to_ids(["<SOS>", *str(number), "<SEP>"])
     text = prompt + to_ids([*number_to_words(number), "<EOS>"])
@@ -280,7 +279,7 @@ def decoder_only_example(number: int, loss_on_prompt: bool = True) -> dict:
 
 
 def encoder_decoder_example(number: int) -> dict:
-    """T5's two texts. The decoder's input is its own output, shifted right by one: this is teacher forcing.
+    """Two sequences, as in T5. The decoder's input is the target shifted right by one: teacher forcing.
 
     source   3 4 2 <EOS>
     target   <SOS> three   hundred forty two
@@ -296,9 +295,9 @@ def encoder_decoder_example(number: int) -> dict:
 
 
 def pad_batch(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """Stack examples of different lengths into (B, T) tensors, short ones filled up at the right.
+    """Stack examples of different lengths into (B, T) tensors, padded on the right.
 
-    Token ids are filled with <PAD>, labels with IGNORE. A label that is a single number gives a (B) tensor.
+    Token ids are padded with <PAD>, labels with IGNORE. A label that is a single number gives a (B) tensor.
     """
     batch = {}
     for field, first in examples[0].items():
@@ -314,13 +313,13 @@ def pad_batch(examples: list[dict]) -> dict[str, torch.Tensor]:
 def make_padding_mask(ids: torch.Tensor) -> torch.Tensor:
     """Which positions hold a real token: True = may be attended to. (B, S) -> (B, 1, 1, S).
 
-    The two 1s broadcast over heads and over queries: padding is hidden from every head at every position.
+    The two 1s broadcast over heads and queries: padding is masked for every head at every position.
     """
     return (ids != PAD_ID)[:, None, None, :]
 
 
 class NumberDataset(Dataset):
-    """Numbers, turned into examples once, so that no epoch has to do it again."""
+    """Numbers converted to examples once, not again in each epoch."""
 
     def __init__(self, numbers: list[int], make_example):
         self.numbers = numbers
@@ -334,16 +333,16 @@ class NumberDataset(Dataset):
 
 
 def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | None = None) -> Splits:
-    """DataLoaders over the three splits: training numbers in a new order each epoch, the others always in theirs.
+    """DataLoaders over the three splits: training numbers are reshuffled each epoch, the others keep their order.
 
-    num_train: learn from the first so many training numbers only (they are in random order, so it is a fair sample).
+    num_train: use only the first num_train training numbers (they are shuffled: a random subset).
     """
     if batch_size < 1:
-        raise InputError(f"BATCH_SIZE = {batch_size} must be at least 1; 128 works well.")
+        raise InputError(f"BATCH_SIZE = {batch_size} must be at least 1; try 64.")
     splits = make_splits()
     splits = splits._replace(train=splits.train[:num_train])
     train, validation, test = (NumberDataset(numbers, make_example) for numbers in splits)
-    order = torch.Generator().manual_seed(seed)  # its own: what else draws random numbers does not change the order
+    order = torch.Generator().manual_seed(seed)  # separate, so that other random draws do not change the order
     return Splits(
         DataLoader(train, batch_size, shuffle=True, collate_fn=pad_batch, generator=order),
         DataLoader(validation, batch_size=1000, collate_fn=pad_batch),
@@ -357,14 +356,14 @@ def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | 
 
 
 def align(number: int) -> list[set[int]]:
-    """For each word of the name, the positions of the digits that it is made of: the truth about who translates whom.
+    """For each word of the name, the positions of the digits that it expresses: the ground-truth alignment.
 
-    >>> align(90210)       # ninety: 9 (and 0: no ninety-one), thousand: 9 0, two: 2, hundred: 2, ten: 1 0
+    >>> align(90210)       # ninety: 9 0 (not ninety-one), thousand: 9 0, two: 2, hundred: 2, ten: 1 0
     [{0, 1}, {0, 1}, {2}, {2}, {3, 4}]
     """
     positions, digits = [], str(number)
     start = 0
-    while start < len(digits):  # by groups of three, as they are said: 90 | 210
+    while start < len(digits):  # in groups of three, as in speech: 90 | 210
         end = start + (len(digits) - start - 1) % 3 + 1
         group = digits[start:end]
         hundreds, last_two = int(group) // 100, int(group) % 100
@@ -382,7 +381,7 @@ def align(number: int) -> list[set[int]]:
 
 
 def format_mask(mask: torch.Tensor, rows: list[str], columns: list[str]) -> str:
-    """A boolean mask as text: one row per query, `#` where it may attend, `.` where it may not. mask: (T, S)."""
+    """A boolean mask (T, S) as text: one row per query, `#` where it may attend, `.` where it may not."""
     width = max(map(len, rows))
     height = max(map(len, columns))
     header = [" " * (width + 2) + " ".join(c.rjust(height)[line] for c in columns) for line in range(height)]
@@ -392,7 +391,7 @@ def format_mask(mask: torch.Tensor, rows: list[str], columns: list[str]) -> str:
 
 
 def main():
-    """Show the language."""
+    """Print the language: vocabulary, splits, examples, a padded batch."""
     print(f"VOCABULARY: {len(VOCABULARY)} tokens, the same ids everywhere")
     for name, tokens in [("special", SPECIAL_TOKENS), ("digits", DIGITS), ("words", WORDS)]:
         line = f"  {name:8}"
@@ -417,20 +416,20 @@ def main():
     def row(name, ids):
         print(f"    {name:8}" + " ".join("-" if i == IGNORE else VOCABULARY[i] for i in ids))
 
-    print("\nTHE SAME NUMBERS, AS EACH ARCHITECTURE IS FED THEM   (- : nothing is asked here)")
+    print("\nTHE SAME NUMBERS, AS INPUT TO EACH ARCHITECTURE   (- : no target)")
     for number in (7, 342, 90210):
         print(f"\n  {number} = {' '.join(number_to_words(number))}")
-        print("   encoder-only, pretraining: some of these tokens are hidden, and must be found again")
+        print("   encoder-only, pretraining: some of these tokens are masked and must be predicted")
         row("ids", masked_lm_example(number)["ids"])
-        print("   encoder-only, tagging and counting: what is each digit worth, how many words has the name?")
+        print("   encoder-only, tagging and counting: each digit's place value, the number of words in the name")
         example = tagging_example(number)
         row("ids", example["ids"])
         print("    places  " + " ".join("-" if p == IGNORE else PLACES[p] for p in example["places"]))
         print(f"    count   {counting_example(number)['count'] + 1}")
-        print("   decoder-only: each position must say what comes next")
+        print("   decoder-only: each position predicts the next token")
         for field, ids in decoder_only_example(number).items():
             row(field, ids)
-        print("   encoder-decoder: reads the source, has written the target so far, must say what comes next")
+        print("   encoder-decoder: given the source and the target so far, predicts the next token")
         for field, ids in encoder_decoder_example(number).items():
             row(field, ids)
 
@@ -441,20 +440,20 @@ def main():
         print("    " + " ".join(f"{i:>2}" for i in ids) + "   " + " ".join(VOCABULARY[i] for i in ids))
     mask = make_padding_mask(batch["ids"])[1, 0].expand(batch["ids"].size(1), -1)
     tokens = [VOCABULARY[i] for i in batch["ids"][1].tolist()]
-    print("  its padding mask, for the second row (# may be attended to, . is hidden; one line per query):")
+    print("  its padding mask, for the second row (# may attend, . masked; one row per query):")
     print("    " + format_mask(mask, tokens, tokens).replace("\n", "\n    "))
-    print("\nNext: python quick_start.py (all three, trained and shown), or read encoder_only.py from the top.")
+    print("\nNext: python quick_start.py (trains and shows all three), or read encoder_only.py from the top.")
 
 
 def run_script(main, parse_argument=None) -> None:
     """Run main as a script: main() as it stands, or main(*arguments), each argument read by parse_argument.
 
-    What a person can mend is one line on stderr and exit status 1 (2 for a wrong argument). Ctrl-C ends with the
-    shell's status for it, 130. Everything else is a bug, and keeps its traceback.
+    User errors print one line to stderr and exit with status 1 (2 for a wrong argument); Ctrl-C exits with 130. All
+    other exceptions are bugs and keep their traceback.
     """
     try:
         if sys.argv[1:] and parse_argument is None:
-            raise InputError("takes no arguments; what can be changed are the constants at the top of the file.")
+            raise InputError("takes no arguments; edit the constants at the top of the file.")
         arguments = [parse_argument(argument) for argument in sys.argv[1:]]
     except InputError as error:
         print(f"{sys.argv[0]}: {error}", file=sys.stderr)
