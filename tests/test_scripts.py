@@ -137,6 +137,6 @@ def test_quick_start_trains_all_three_and_sums_them_up(tmp_path):
     done = run(folder, "quick_start")
     assert done.returncode == 0, done.stderr
     assert_plain(done.stdout)
-    table = done.stdout[done.stdout.index("its work here"):]
+    table = done.stdout[done.stdout.index("exact match\n"):]
     assert all(re.search(rf"^{name} .*%$", table, re.MULTILINE) for name in FILES)
     assert "CROSS-ATTENTION for 90210" in done.stdout
