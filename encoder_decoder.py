@@ -678,14 +678,14 @@ def beam_search_one(model, source: list[int], beam_width=BEAM_WIDTH, length_pena
     Three steps at width 2, for a model of two words in which the next token depends on the last one only:
 
         p(next)     a     b    <EOS>     step 1   keep  a 0.6              b 0.4
-        <SOS>      0.6   0.4    0        step 2   keep  b <EOS> 0.36       a a 0.30      (drop a <EOS> 0.24, ...)
-        a          0.5   0.1   0.4                finished: b <EOS>.       To extend: a a 0.30, a b 0.06
-        b          0.05  0.05  0.9       step 3   keep  a a a 0.15         a a <EOS> 0.12
-                                                  finished: b <EOS>, a a <EOS>
+        <SOS>      0.6   0.4    0        step 2   keep  b <EOS> 0.36       a a 0.24      (a <EOS> 0.15 is dropped)
+        a          0.4   0.35  0.25               finished: b <EOS>.       To extend: a a 0.24, a b 0.21
+        b          0.05  0.05  0.9       step 3   keep  a b <EOS> 0.189    a a a 0.096
+                                                  finished: b <EOS>, a b <EOS>
 
     Greedy decoding starts with a, which is more probable than b; but no text that starts with a is as probable as
     b <EOS>, which the beam finds because it kept b. A length penalty of 1 compares the mean log-probability per token:
-    ln 0.36 / 2 = -0.51 for b <EOS>, ln 0.12 / 3 = -0.71 for a a <EOS>.
+    ln 0.36 / 2 = -0.51 for b <EOS>, ln 0.189 / 3 = -0.56 for a b <EOS>.
     """
     was_training = model.training
     model.eval()
