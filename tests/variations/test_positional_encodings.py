@@ -30,6 +30,14 @@ def test_cached_generation_gives_the_recomputed_tokens(model):
     assert torch.equal(cached, recomputed)
 
 
+def test_logits_with_the_cache_are_those_without_at_every_step_and_whatever_the_padding(model):
+    ids = torch.tensor([[0] * (8 - len(prompt)) + prompt for prompt in PROMPTS])
+    cache, expected = model.new_cache(), model(ids)
+    steps = [model(ids[:, :length], cache) for length in (5, 6, 8)]  # 5 positions, then 1, then 2
+    real = ids != 0
+    torch.testing.assert_close(torch.cat(steps, dim=1)[real], expected[real], atol=1e-5, rtol=1e-4)
+
+
 def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(model):
     together = decoder_only.generate(model, PROMPTS)
     for row, prompt in zip(together, PROMPTS):
