@@ -75,7 +75,33 @@ BREAKS = [
           "some of the lessons are about `<CLS>` and `<SEP>`: easy ones"),
     Break("what is not hidden counts too", "encoder_only", "ids.masked_fill(~chosen, IGNORE)", "ids",
           "most of the loss is copying: it looks excellent"),
+    Break("values rotated too", "variations/positional_encodings", "rotate(key, positions, self.base)\n",
+          "rotate(key, positions, self.base)\n        value = rotate(value, positions, self.base)\n",
+          "what a head reads depends on where it stands: trains all the same, generalizes worse to longer texts"),
+    Break("keys cached before rotating", "variations/positional_encodings",
+          "        query, key = rotate(query, positions, self.base), rotate(key, positions, self.base)\n"
+          "        if cache is not None:\n            key, value = cache.append(key, value) ",
+          "        if cache is not None:\n            key, value = cache.append(key, value)\n"
+          "        query, key = rotate(query, positions, self.base), rotate(key, positions, self.base)  #",
+          "training is unaffected; with the cache all keys are rotated by the newest position, and order is lost"),
+    Break("rotation forgets the cache", "variations/positional_encodings",
+          "start = 0 if cache is None else len(cache)", "start = 0",
+          "training is unaffected; with the cache every new token is rotated by position 0"),
+    Break("ALiBi rewards distance", "variations/positional_encodings", "return -self.slopes", "return self.slopes",
+          "the sign of a bias: no effect on RoPE, which is what is trained here"),
+    Break("key-value heads tiled", "variations/llama", "heads.repeat_interleave(self.group_size, dim=1)",
+          "heads.repeat(1, self.group_size, 1, 1)",
+          "trains equally well; a published model's query heads would read the wrong key-value heads"),
+    Break("epsilon outside the root", "variations/llama",
+          "torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPSILON)",
+          "1 / (wide.square().mean(dim=-1, keepdim=True).sqrt() + EPSILON)",
+          "no visible effect, except on vectors near 0"),
 ]
+# How a broken variation is put into the model that is retrained: `v` is the variation.
+EXCHANGES = {
+    "variations/positional_encodings": 'v.exchange(model, "RoPE")',
+    "variations/llama": "v.exchange(model, v.PARTS)",
+}
 
 TRAIN = """
 import sys, torch, {module} as m
@@ -84,6 +110,7 @@ from toy_dataset import make_splits, number_to_words
 torch.manual_seed(0)
 loaders = m.create_dataloaders(m.BATCH_SIZE)
 model = m.build_model()
+{exchange}
 history = m.train(model, loaders, 2, m.LEARNING_RATE, 1, tqdm(disable=True, total=1))
 numbers = make_splits().validation[:500]
 if "{module}" == "encoder_only":
@@ -116,17 +143,21 @@ def apply(mistake: Break, folder: Path) -> None:
     path.write_text(source.replace(mistake.old, mistake.new))
 
 
-def train_briefly(module: str, folder: Path) -> str:
-    """Two epochs, and what came of them."""
-    command = [sys.executable, "-c", TRAIN.format(module=module)]
+def train_briefly(file: str, folder: Path) -> str:
+    """Train two epochs; returns the metrics. A variation is trained inside the decoder, as is the data."""
+    module = file if file in ("encoder_only", "decoder_only", "encoder_decoder") else "decoder_only"
+    name = file.removeprefix("variations/")
+    exchange = f"from variations import {name} as v; {EXCHANGES[file]}" if file in EXCHANGES else ""
+    command = [sys.executable, "-c", TRAIN.format(module=module, exchange=exchange)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "stops: " + done.stderr.strip().splitlines()[-1]
 
 
-def first_red_test(folder: Path) -> str:
-    """The first test that sees it."""
+def first_red_test(file: str, folder: Path) -> str:
+    """The first test that sees a break in this file. A variation has one test file of its own."""
+    tests = [f"variations/test_{file.removeprefix('variations/')}"] if file.startswith("variations/") else TESTS
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no",
-               *(f"tests/{name}.py" for name in TESTS)]
+               *(f"tests/{name}.py" for name in tests)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
     return failed[1] if failed else "NONE"
@@ -138,17 +169,16 @@ def main(names: list[str]) -> None:
     for mistake in BREAKS:
         if names and mistake.name not in names:
             continue
-        module = "decoder_only" if mistake.file == "toy_dataset" else mistake.file
         with tempfile.TemporaryDirectory() as folder:
             copy_code(Path(folder))
-            if module not in baselines:
-                baselines[module] = train_briefly(module, Path(folder))
+            if mistake.file not in baselines:
+                baselines[mistake.file] = train_briefly(mistake.file, Path(folder))
             apply(mistake, Path(folder))
             print(f"{mistake.name} ({mistake.file}.py)\n"
                   f"  expected  {mistake.expected}\n"
-                  f"  unbroken  {baselines[module]}\n"
-                  f"  broken    {train_briefly(module, Path(folder))}\n"
-                  f"  red       {first_red_test(Path(folder))}", flush=True)
+                  f"  unbroken  {baselines[mistake.file]}\n"
+                  f"  broken    {train_briefly(mistake.file, Path(folder))}\n"
+                  f"  red       {first_red_test(mistake.file, Path(folder))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,141 @@
+"""Positional encodings: each equals a slow definition, and the base's generation, cache and padding work with all."""
+
+import math
+
+import decoder_only
+import pytest
+import torch
+from conftest import tiny
+
+from variations import positional_encodings
+from variations.positional_encodings import ENCODINGS, BucketedBias, LinearBias, RotaryAttention, exchange, rotate
+
+torch.manual_seed(0)
+
+
+@pytest.fixture(params=ENCODINGS)
+def model(request):
+    """A small decoder with each encoding, every weight random, biases of T5 included."""
+    model = exchange(tiny(decoder_only), request.param).eval()
+    if request.param == "T5 bias":
+        model.layers[0].attention.bias.table.weight.data.normal_()
+    return model
+
+
+PROMPTS = [decoder_only.make_prompt(number) for number in (7, 342, 90210, 123456)]
+
+
+def test_cached_generation_gives_the_recomputed_tokens(model):
+    cached, recomputed = (decoder_only.generate(model, PROMPTS, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, recomputed)
+
+
+def test_logits_with_the_cache_are_those_without_at_every_step_and_whatever_the_padding(model):
+    ids = torch.tensor([[0] * (8 - len(prompt)) + prompt for prompt in PROMPTS])
+    cache, expected = model.new_cache(), model(ids)
+    steps = [model(ids[:, :length], cache) for length in (5, 6, 8)]  # 5 positions, then 1, then 2
+    real = ids != 0
+    torch.testing.assert_close(torch.cat(steps, dim=1)[real], expected[real], atol=1e-5, rtol=1e-4)
+
+
+def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(model):
+    together = decoder_only.generate(model, PROMPTS)
+    for row, prompt in zip(together, PROMPTS):
+        alone = decoder_only.generate(model, [prompt])[0]
+        assert torch.equal(row[:len(alone)], alone)
+
+
+def test_padding_on_either_side_leaves_the_logits_unchanged(model):
+    ids = torch.tensor([PROMPTS[1]])
+    padding = torch.zeros(1, 5, dtype=torch.long)
+    expected = model(ids)
+    torch.testing.assert_close(model(torch.cat([padding, ids], dim=1))[:, 5:], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(torch.cat([ids, padding], dim=1))[:, :-5], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_future_changes_nothing(model):
+    ids = torch.tensor([PROMPTS[3]])
+    changed = ids.clone()
+    changed[:, -1] = decoder_only.EOS_ID
+    assert torch.equal(model(ids)[:, :-1], model(changed)[:, :-1])
+
+
+def test_rotation_is_multiplication_by_a_complex_number():
+    x, positions = torch.randn(2, 3, 10, 8), torch.arange(10)
+    frequencies = torch.tensor([10_000 ** (-2 * i / 8) for i in range(4)])
+    numbers = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * positions[:, None] * frequencies)
+    torch.testing.assert_close(rotate(x, positions), torch.cat([numbers.real, numbers.imag], dim=-1))
+
+
+def test_a_rotated_score_depends_on_the_signed_distance_alone():
+    query, key = torch.randn(1, 8), torch.randn(1, 8)
+
+    def score(t, s):
+        return (rotate(query, torch.tensor([t])) * rotate(key, torch.tensor([s]))).sum()
+
+    torch.testing.assert_close(score(5, 3), score(105, 103), atol=1e-4, rtol=1e-4)
+    assert abs(score(5, 3) - score(3, 5)) > 1e-3
+
+
+def test_rotary_attention_rotates_keys_before_caching_and_never_values():
+    attention, x, cache = RotaryAttention(16, 2, 0.0), torch.randn(1, 6, 16), decoder_only.KVCache()
+    attention(x, torch.ones(6, 6, dtype=torch.bool).tril(), cache)
+    plain_key, plain_value = (attention.split_heads(project(x)) for project in (attention.key, attention.value))
+    torch.testing.assert_close(cache.key, rotate(plain_key, torch.arange(6)))
+    torch.testing.assert_close(cache.value, plain_value)
+
+
+def test_without_distance_rotary_attention_is_the_base_attention():
+    base = decoder_only.MultiHeadAttention(16, 2, 0.0)
+    attention = RotaryAttention(16, 2, 0.0)
+    attention.load_state_dict(base.state_dict())
+    attention.interpolation = math.inf  # every position becomes 0
+    x, mask = torch.randn(2, 6, 16), torch.ones(6, 6, dtype=torch.bool).tril()
+    torch.testing.assert_close(attention(x, mask), base(x, mask))
+
+
+@pytest.mark.parametrize("num_heads", [2, 4, 8])
+def test_alibi_slopes_are_a_geometric_sequence_ending_at_one_256th(num_heads):
+    slopes = -LinearBias(num_heads)(torch.ones(1, 1)).flatten()
+    torch.testing.assert_close(slopes[-1], torch.tensor(1 / 256))
+    torch.testing.assert_close(slopes[1:] / slopes[:-1], slopes[:1].expand(num_heads - 1))
+
+
+def test_t5_buckets_equal_a_slow_definition():
+    def slow(distance):
+        return next((b for b in range(31, 15, -1) if distance >= 16 * 8 ** ((b - 16) / 16) - 1e-9), distance)
+
+    assert BucketedBias.bucket(torch.arange(1000)).tolist() == [slow(distance) for distance in range(1000)]
+
+
+def test_models_of_one_seed_start_from_the_same_weights_in_every_encoding():
+    base, rotary, biased = (positional_encodings.build(encoding, 3) for encoding in ("sinusoidal", "RoPE", "T5 bias"))
+    for name, weight in base.state_dict().items():
+        assert torch.equal(rotary.state_dict()[name], weight) and torch.equal(biased.state_dict()[name], weight)
+
+
+def test_biased_attention_is_fused_attention_with_the_bias_as_a_float_mask():
+    model = exchange(tiny(decoder_only), "ALiBi")
+    attention, x = model.layers[0].attention, torch.randn(2, 6, 32)
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    query, key, value = (attention.split_heads(f(x)) for f in (attention.query, attention.key, attention.value))
+    index = torch.arange(6)
+    bias = attention.bias(index[:, None] - index).masked_fill(~mask, -math.inf)
+    heads = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias)
+    torch.testing.assert_close(attention(x, mask), attention.output(heads.transpose(1, 2).flatten(2)))
+
+
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys, tmp_path):
+    small = dict(D_MODEL=16, NUM_STEPS=2, NUM_TEXTS=4, BATCH_SIZE=4, TEST_PAIRS=(1, 2), SEEDS=(0, 1), NUM_EPOCHS=1,
+                 FIGURE=tmp_path / "new" / "picture.png")
+    for name, value in small.items():
+        monkeypatch.setattr(positional_encodings, name, value)
+    splits = positional_encodings.make_splits()
+    few = splits._replace(train=splits.train[:8], validation=splits.validation[:50], test=splits.test[:50])
+    monkeypatch.setattr(decoder_only.toy_dataset, "make_splits", lambda: few)
+    monkeypatch.setattr(positional_encodings, "make_splits", lambda: few)
+    positional_encodings.main()
+    printed = capsys.readouterr().out
+    assert all(printed.count(encoding) >= 2 for encoding in ENCODINGS)
+    assert all(len(line) <= 100 for line in printed.splitlines() if str(tmp_path) not in line) and printed.isascii()
+    assert (tmp_path / "new" / "picture.png").stat().st_size < 200_000

@@ -1,0 +1,430 @@
+"""positional_encodings.py - six ways to tell a transformer the order of its tokens, and which one reads furthest.
+
+The problem. Attention computes the same output for any order of its keys, so order has to be added. The 2017 paper
+adds a vector to each embedding that depends on the absolute position. A model trained on texts of up to 50 tokens has
+then never seen the vector of position 51, and has never learned what to do with it.
+
+The idea. What matters is usually how far apart two tokens are, and that can be put where tokens meet: into the score
+of query t and key s. Relative encodings differ in how they do it:
+
+    RoPE     score = rotate(q, t) . rotate(k, s) / sqrt(d_k)      turns query and key by an angle proportional to their
+                                                                  position; the dot product sees only the difference
+    ALiBi    score = q . k / sqrt(d_k) - slope_h * (t - s)        a fixed penalty on distance, one slope for each head
+    T5       score = q . k / sqrt(d_k) + b[bucket(t - s), h]      a learned number for each head and range of distances
+
+and beside them three that leave attention as it is: sinusoidal (the base file), learned (an embedding table for
+positions, as in BERT and GPT-2), and none at all (the causal mask alone tells a decoder something about order).
+
+How attention learns the positions. It is given no positions, only x, the mask and the cache. The cache's length tells
+the index of each new token, and that is enough: prompts in a batch are padded on the left, which shifts the indices of
+a row's queries and keys by the same amount, and a relative encoding depends on their difference alone. For the same
+reason keys can be cached rotated: each is rotated once, by its own index, and never again.
+
+On paper, one head with d_k = 2 and frequency 1: rotate((1, 0), t) = (cos t, sin t). A query (1, 0) at t = 5 and a key
+(1, 0) at s = 3 have the dot product cos 5 cos 3 + sin 5 sin 3 = cos(5 - 3), as have t = 105 and s = 103:
+
+>>> q, k = (rotate(torch.tensor([[1.0, 0.0]]), torch.tensor([t])) for t in (5, 3))
+>>> round((q * k).sum().item(), 4), round(math.cos(2), 4)
+(-0.4161, -0.4161)
+
+Papers: Vaswani et al. 2017, section 3.5 (sinusoidal); Devlin et al. 2019 (learned, in BERT); Kazemnejad et al. 2023
+(none, "NoPE"); Su et al. 2021, section 3.4.2 (RoPE); Press et al. 2022, section 3 (ALiBi); Raffel et al. 2020, section
+2.1 (T5's buckets); Chen et al. 2023, section 2.3 (position interpolation). Simplified: T5 does not divide the scores
+by sqrt(d_k), this file does so in all six.
+
+What you will see (under three minutes on two CPU cores): (a) six models trained on short texts and tested on longer
+ones, and what stretches a trained RoPE model without training; (b) the same six on the base task, with several seeds.
+Writes figures/variations/positional_encodings.png.
+"""
+
+import math
+import random
+import statistics
+import sys
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn as nn
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+
+import decoder_only
+from decoder_only import scaled_dot_product_attention
+from toy_dataset import EOS_ID, IGNORE, SOS_ID, Splits, make_splits, number_to_words, pad_batch, run_script, to_ids
+
+# ======================================================================================================
+# CONSTANTS: change one, run again
+# ======================================================================================================
+
+# --- the encodings ---
+ROTARY_BASE = 10_000.0    # the slowest rotation takes about 2 pi * ROTARY_BASE positions. Try 100, 500_000 (Llama 3)
+NUM_BUCKETS = 32          # T5: how many different ranges of distances. Try 8
+MAX_DISTANCE = 128        # T5: all distances from here on share the last bucket. Try 32
+
+# --- (a) longer texts than in training ---
+TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3, 4, 5, 6): does learned catch up?
+TEST_PAIRS = (1, 2, 3, 4, 6, 8, 12)  # numbers in a test text
+NUM_STEPS = 500                      # training steps. Try 1000: do long texts improve, or only short ones?
+NUM_TEXTS = 250                      # test texts for each length
+INTERPOLATION = 4.0                  # position interpolation divides all positions by this. Try 2, 8
+LARGER_BASE = 40_000.0               # and this replaces ROTARY_BASE in the trained model. Try 100_000
+
+# --- (b) the base task ---
+NUM_EPOCHS = 2            # passes over the training numbers. Try 10 (slow): is there any difference left?
+SEEDS = (0, 1, 2)         # of initial weights and order of batches
+
+# --- both ---
+D_MODEL = 64              # half of the base model's width, for speed. Try 128
+MAX_LENGTH = 256          # room for the longest test text: 12 pairs of at most 17 tokens
+BATCH_SIZE = 48
+LEARNING_RATE = 4e-3      # twice the base model's: half its width tolerates it
+FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "positional_encodings.png"
+
+# ======================================================================================================
+# THE EXCHANGED PARTS
+# ======================================================================================================
+
+
+def rotate(x, positions, base=ROTARY_BASE):
+    """Rotary position embedding: turn each pair of dimensions of x (..., T, d_k) by an angle that grows with position.
+
+        (x_i, x_{i + d_k/2}) <- (x_i cos a - x_{i + d_k/2} sin a,  x_i sin a + x_{i + d_k/2} cos a),
+        a = position * base^(-2i / d_k)
+
+    The pairs are (i, i + d_k/2), as in Llama's published weights, not (2i, 2i + 1), as in the paper. Projections are
+    learned, so either order does; but weights trained with one are useless with the other. positions: (T).
+    """
+    half = x.size(-1) // 2
+    frequencies = base ** (-torch.arange(half, device=x.device) / half)                 # (d_k/2)
+    angles = positions[:, None] * frequencies                                           # (T, d_k/2)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                       # angles themselves in float32
+    first, second = x[..., :half], x[..., half:]                                        # (..., T, d_k/2) each
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)  # (..., T, d_k)
+
+
+class RotaryAttention(nn.Module):
+    """decoder_only.MultiHeadAttention with rotated queries and keys. Values are not rotated: they are what is read,
+    and reading something should not depend on where it stands."""
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.base, self.interpolation = ROTARY_BASE, 1.0  # plain numbers: can be changed in a trained model
+        self.query = nn.Linear(d_model, d_model)
+        self.key = nn.Linear(d_model, d_model)
+        self.value = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def split_heads(self, x):
+        """(B, T, C) -> (B, H, T, d_k)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, mask, cache=None, attention_maps=None):
+        """x (B, T, C) -> (B, T, C); arguments as in decoder_only.MultiHeadAttention."""
+        query, key, value = (self.split_heads(project(x)) for project in (self.query, self.key, self.value))
+        start = 0 if cache is None else len(cache)
+        positions = torch.arange(start, start + x.size(1), device=x.device) / self.interpolation
+        query, key = rotate(query, positions, self.base), rotate(key, positions, self.base)
+        if cache is not None:
+            key, value = cache.append(key, value)                                       # (B, H, S, d_k), keys rotated
+        heads, weights = scaled_dot_product_attention(query, key, value, mask, self.dropout)
+        if attention_maps is not None:
+            attention_maps.append(weights.detach())
+        return self.output(heads.transpose(1, 2).flatten(start_dim=2))                  # (B, T, C)
+
+
+class LinearBias(nn.Module):
+    """ALiBi: distances (T, S) -> a penalty for each head, (H, T, S). Nothing is learned.
+
+        bias_h = -slope_h * distance,    slope_h = 2^(-8h / H) for h = 1 ... H
+
+    Steep heads look at close neighbors, flat ones at the whole text. However long the text, what is added to the scores
+    of nearby keys is what it was in training.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        slopes = 2.0 ** (-8 * torch.arange(1, num_heads + 1) / num_heads)               # (H)
+        self.register_buffer("slopes", slopes[:, None, None], persistent=False)
+
+    def forward(self, distances):
+        return -self.slopes * distances
+
+
+class BucketedBias(nn.Module):
+    """T5: distances (T, S) -> a learned number for each head and bucket, (H, T, S).
+
+    Half of the buckets hold one small distance each; the others grow geometrically up to MAX_DISTANCE, and the last one
+    holds everything beyond. Distances never seen in training fall into buckets that may have been.
+    """
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.table = nn.Embedding(NUM_BUCKETS, num_heads)
+        nn.init.zeros_(self.table.weight)
+
+    @staticmethod
+    def bucket(distances):
+        """bucket(n) = n                                                       for n < E = NUM_BUCKETS / 2
+                       E + floor(E * ln(n / E) / ln(MAX_DISTANCE / E))         otherwise, at most NUM_BUCKETS - 1"""
+        exact = NUM_BUCKETS // 2
+        ratio = (distances.clamp(min=exact) / exact).log() / math.log(MAX_DISTANCE / exact)
+        far = (exact + (ratio * exact).long()).clamp(max=NUM_BUCKETS - 1)
+        return torch.where(distances < exact, distances, far)
+
+    def forward(self, distances):
+        return self.table(self.bucket(distances)).permute(2, 0, 1)
+
+
+class BiasedAttention(nn.Module):
+    """decoder_only.MultiHeadAttention with a bias on the scores that depends on the distance (LinearBias or T5's)."""
+
+    def __init__(self, d_model: int, num_heads: int, dropout: float, bias: nn.Module):
+        super().__init__()
+        self.num_heads = num_heads
+        self.bias = bias
+        self.query = nn.Linear(d_model, d_model)
+        self.key = nn.Linear(d_model, d_model)
+        self.value = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def split_heads(self, x):
+        """(B, T, C) -> (B, H, T, d_k)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, x, mask, cache=None, attention_maps=None):
+        """x (B, T, C) -> (B, T, C); arguments as in decoder_only.MultiHeadAttention."""
+        query, key, value = (self.split_heads(project(x)) for project in (self.query, self.key, self.value))
+        if cache is not None:
+            key, value = cache.append(key, value)                                       # (B, H, S, d_k)
+        T, S = query.size(2), key.size(2)
+        index = torch.arange(S, device=x.device)
+        distances = (index[S - T:, None] - index).clamp(min=0)                          # (T, S); the mask hides t < s
+        # scores = Q K^T / sqrt(d_k) + bias(distance), the bias before the mask, so that what is masked stays masked
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1)) + self.bias(distances)       # (B, H, T, S)
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
+        if attention_maps is not None:
+            attention_maps.append(weights.detach())
+        heads = self.dropout(weights) @ value                                           # (B, H, T, d_k)
+        return self.output(heads.transpose(1, 2).flatten(start_dim=2))                  # (B, T, C)
+
+
+class LearnedPositions(nn.Module):
+    """In place of decoder_only.PositionalEncoding: a trained vector for each position. Those beyond the training texts
+    keep their random start."""
+
+    def __init__(self, d_model: int, max_length: int):
+        super().__init__()
+        self.table = nn.Embedding(max_length, d_model)
+        nn.init.normal_(self.table.weight, std=0.02)  # as in BERT and GPT-2
+
+    def forward(self, positions):
+        """Integer positions (...) -> (..., C)."""
+        return self.table(positions)
+
+
+class NoPositions(nn.Module):
+    """In place of decoder_only.PositionalEncoding: nothing is added to the embeddings."""
+
+    def forward(self, positions):
+        """Integer positions (...) -> zeros (..., 1)."""
+        return torch.zeros(*positions.shape, 1, device=positions.device)
+
+
+# ======================================================================================================
+# THE EXCHANGE
+# ======================================================================================================
+
+ENCODINGS = ("sinusoidal", "learned", "none", "RoPE", "ALiBi", "T5 bias")
+
+
+def exchange(model, encoding: str):
+    """Put one of ENCODINGS into a decoder-only model, in place; returns it. All other weights stay as they are."""
+    constants, device = model.constants, model.embedding.weight.device
+    if encoding == "sinusoidal":
+        return model
+    if encoding == "learned":
+        model.positional_encoding = LearnedPositions(constants["D_MODEL"], constants["MAX_LENGTH"]).to(device)
+        return model
+    model.positional_encoding = NoPositions()
+    bias = {"ALiBi": LinearBias, "T5 bias": BucketedBias}.get(encoding)
+    bias = bias and bias(constants["NUM_HEADS"])  # one table for all layers, as in T5
+    for layer in model.layers:
+        sizes = constants["D_MODEL"], constants["NUM_HEADS"], layer.attention.dropout.p
+        if encoding == "none":
+            continue
+        new = RotaryAttention(*sizes) if encoding == "RoPE" else BiasedAttention(*sizes, bias)
+        new.load_state_dict(layer.attention.state_dict(), strict=False)  # a table of biases has nothing to load
+        layer.attention = new.to(device)
+    return model
+
+
+def build(encoding: str, seed: int):
+    """A new model with this encoding. Models of one seed start from the same weights, whatever their encoding."""
+    torch.manual_seed(seed)
+    return exchange(decoder_only.build_model(d_model=D_MODEL, d_ff=4 * D_MODEL, max_length=MAX_LENGTH), encoding)
+
+
+# ======================================================================================================
+# THE EXPERIMENT
+# ======================================================================================================
+
+
+def make_text(numbers: list[int], only_last: bool) -> dict:
+    """Several numbers and their names in one text, as GPT packs documents: each ends with <EOS>.
+
+    ids      <SOS>  7 <SEP> seven <EOS>  4     2   <SEP> forty two
+    targets    -    - seven <EOS>   -    -     -   forty two  <EOS>      (- is IGNORE; only_last: the last name alone)
+    """
+    ids, targets = [SOS_ID], []
+    for i, number in enumerate(numbers):
+        digits, name = to_ids([*str(number), "<SEP>"]), to_ids(number_to_words(number)) + [EOS_ID]
+        ids += digits + name
+        targets += [IGNORE] * len(digits) + (name if not only_last or i == len(numbers) - 1 else [IGNORE] * len(name))
+    return {"ids": ids[:-1], "targets": targets}
+
+
+def make_texts(seed: int) -> tuple[Splits, dict]:
+    """Training batches, and for each number of pairs k the test batches. All texts of a batch have the same k."""
+    rng, splits = random.Random(seed), make_splits()
+    train = []
+    for step in range(NUM_STEPS):
+        pairs = TRAIN_PAIRS[step % len(TRAIN_PAIRS)]
+        train.append(pad_batch([make_text(rng.choices(splits.train, k=pairs), False) for _ in range(BATCH_SIZE)]))
+    test = {}
+    for pairs in TEST_PAIRS:
+        texts = [make_text(rng.choices(splits.test, k=pairs), True) for _ in range(NUM_TEXTS)]
+        test[pairs] = [pad_batch(texts[i:i + 50]) for i in range(0, NUM_TEXTS, 50)]
+    return Splits(train, [], []), test
+
+
+def measure_length(bar) -> dict[str, list[float]]:
+    """(a): for each encoding, the share of correct last names for each of TEST_PAIRS."""
+    loaders, test = make_texts(SEEDS[0])
+
+    def accuracies(model):
+        return [decoder_only.evaluate(model, test[pairs])["exact_match"] for pairs in TEST_PAIRS]
+
+    found = {}
+    for encoding in ENCODINGS:
+        model = build(encoding, SEEDS[0])
+        decoder_only.train(model, loaders, 1, LEARNING_RATE, num_evaluations=0, progress=bar)
+        found[encoding] = accuracies(model)
+        if encoding == "RoPE":
+            for name, setting, value in ((f"RoPE, positions / {INTERPOLATION:g}", "interpolation", INTERPOLATION),
+                                         (f"RoPE, base {LARGER_BASE:,.0f}", "base", LARGER_BASE)):
+                for layer in model.layers:
+                    layer.attention.base, layer.attention.interpolation = ROTARY_BASE, 1.0
+                    setattr(layer.attention, setting, value)
+                found[name] = accuracies(model)
+    return found
+
+
+def measure_base_task(bar) -> dict[str, list[tuple[float, float]]]:
+    """(b): for each encoding and seed, the share of held-out numbers that are misnamed: of those with a digit 0 and of
+    those without."""
+    found = {encoding: [] for encoding in ENCODINGS}
+    for seed in SEEDS:
+        for encoding in ENCODINGS:
+            loaders = decoder_only.create_dataloaders(BATCH_SIZE, seed)
+            model = build(encoding, seed)
+            decoder_only.train(model, loaders, NUM_EPOCHS, LEARNING_RATE, num_evaluations=0, progress=bar)
+            numbers = loaders.validation.dataset.numbers
+            wrong = set(decoder_only.evaluate(model, loaders.validation)["mistakes"])
+            zeros = [i for i, number in enumerate(numbers) if "0" in str(number)]
+            others = [i for i, number in enumerate(numbers) if "0" not in str(number)]
+            found[encoding].append(tuple(sum(i in wrong for i in part) / len(part) for part in (zeros, others)))
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """The mean over the seeds, and the range: `1.2% (0.9 to 1.6)`."""
+    return f"{statistics.mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def differ(values: list[float], others: list[float]) -> bool:
+    """Whether two rows differ by more than seed noise: their ranges over the seeds do not overlap."""
+    return max(values) < min(others) or max(others) < min(values)
+
+
+def new_figure(title: str, height: float) -> Figure:
+    """An empty picture in the style of visualizations.py. The title is a plain sentence that the picture shows."""
+    matplotlib.rcdefaults()  # whatever the reader's own matplotlibrc says, the picture is the same
+    matplotlib.rcParams.update({"font.size": 13, "lines.linewidth": 2.5, "axes.spines.top": False,
+                                "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E3E3E3",
+                                "axes.edgecolor": "#707070", "text.color": "#222222", "axes.labelcolor": "#222222"})
+    figure = Figure(figsize=(7, height), dpi=110, layout="constrained")
+    figure.suptitle(textwrap.fill(title, 54), x=0.01, ha="left", fontsize=15, fontweight="bold", linespacing=1.25)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture: the same bytes from the same numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None}, pil_kwargs={"compress_level": 9})
+    print(f"\nWrote {path}")
+
+
+def draw(accuracies: dict[str, list[float]]) -> Figure:
+    """Accuracy by number of pairs, one line for each encoding, the trained range shaded."""
+    best = max(ENCODINGS, key=lambda encoding: accuracies[encoding][-1])
+    figure = new_figure(f"Texts {TEST_PAIRS[-1] / TRAIN_PAIRS[-1]:g} times as long as in training: {best} is still "
+                        f"{accuracies[best][-1]:.0%} correct, sinusoidal {accuracies['sinusoidal'][-1]:.0%}", 4.8)
+    axes = figure.subplots()
+    axes.axvspan(TRAIN_PAIRS[0], TRAIN_PAIRS[-1], color="#EEEEEE")
+    axes.text(TRAIN_PAIRS[0] + 0.1, 0.02, "trained", color="#707070")
+    colours = ("#222222", "#56B4E9", "#707070", "#E69F00", "#009E73", "#AA4499")
+    for encoding, colour, marker in zip(ENCODINGS, colours, "sv^oDP"):
+        axes.plot(TEST_PAIRS, accuracies[encoding], color=colour, marker=marker, label=encoding, clip_on=False)
+    axes.set(xlabel="pairs of number and name in a text", ylabel="last name correct", ylim=(0, 1))
+    axes.set_xticks(TEST_PAIRS)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.grid(axis="y")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, columnspacing=1.2)
+    return figure
+
+
+def say(text: str) -> None:
+    """Print a conclusion, wrapped to the width of a terminal."""
+    print("\n" + textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
+
+
+def main() -> None:
+    """Both measurements, their tables, and what they come to."""
+    steps_per_epoch = math.ceil(len(make_splits().train) / BATCH_SIZE)
+    num_steps = len(ENCODINGS) * (NUM_STEPS + len(SEEDS) * NUM_EPOCHS * steps_per_epoch)
+    with tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
+        accuracies = measure_length(bar)
+        mistakes = measure_base_task(bar)
+
+    print(f"\n(a) TRAINED on texts of {TRAIN_PAIRS[0]} to {TRAIN_PAIRS[-1]} numbers and names, {NUM_STEPS} steps "
+          f"of {BATCH_SIZE}:\n    last name correct, by the number of pairs in the text\n")
+    print(f"  {'':24}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS))
+    for name, shares in accuracies.items():
+        print(f"  {name:24}" + "".join(f"{share:7.0%}" for share in shares))
+    last = {encoding: accuracies[encoding][-1] for encoding in ENCODINGS}
+    furthest = max(last, key=last.get)
+    say(f"Reads furthest: {furthest}, {last[furthest]:.0%} at {TEST_PAIRS[-1]} pairs (sinusoidal, the base: "
+        f"{last['sinusoidal']:.0%}).")
+
+    print(f"\n(b) BASE TASK, {NUM_EPOCHS} epochs: held-out numbers misnamed, mean of {len(SEEDS)} seeds (range)\n")
+    print(f"  {'':12}{'with a zero':>24}{'without':>24}")
+    for encoding, rows in mistakes.items():
+        zeros, others = zip(*rows)
+        print(f"  {encoding:12}{spread(zeros):>24}{spread(others):>24}")
+    totals = {encoding: [zeros for zeros, _ in rows] for encoding, rows in mistakes.items()}
+    fewest = min(totals, key=lambda encoding: statistics.mean(totals[encoding]))
+    equal = [other for other in ENCODINGS if other != fewest and not differ(totals[fewest], totals[other])]
+    say(f"Fewest mistakes on numbers with a zero: {fewest}. Within seed noise of it (the ranges overlap): "
+        f"{', '.join(equal) or 'none'}.")
+    save_figure(draw(accuracies), FIGURE)
+
+
+if __name__ == "__main__":
+    run_script(main)
