@@ -6,7 +6,7 @@ what attention waits for; and at 32,000 positions one head's matrix of weights t
 
 The idea. The output of a query is a weighted average of values, and an average can be built up piece by piece. Softmax
 seems to need all scores at once, for their maximum m and the sum of their exponentials; but both can be corrected as
-scores come in ("online softmax"). For each tile of keys, with its scores S, and the output O not yet divided by the total:
+scores come in ("online softmax"). For each tile of keys, with scores S and an output O not yet divided by the total:
 
     m_new = max(m, max(S))          the weights are exp(S - m_new); what was summed with the old m is off by a factor
     factor = exp(m - m_new)
