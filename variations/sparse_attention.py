@@ -262,8 +262,8 @@ def draw(found: dict) -> Figure:
     figure = new_figure(title, 6.2)
     for axes, (name, pattern) in zip(figure.subplots(2, 3).flat, patterns.items()):
         mask = pattern(T)
-        axes.imshow((mask.int() + reach(mask, NUM_LAYERS).int()).numpy(), cmap=ListedColormap(["white", "#F4C88A", "#0072B2"]),
-                    vmin=0, vmax=2)
+        axes.imshow((mask.int() + reach(mask, NUM_LAYERS).int()).numpy(), vmin=0, vmax=2,
+                    cmap=ListedColormap(["white", "#F4C88A", "#0072B2"]))
         best, accuracies = statistics.mean(row[0] for row in found[name]), [row[1] for row in found[name]]
         axes.set_title(f"{name}\nceiling {best:.0%}, model {statistics.mean(accuracies):.0%}", fontsize=12)
         axes.set_xticks([0, T - 1], ["<CLS>", "<SEP>"], fontsize=10)
@@ -288,11 +288,12 @@ def main() -> None:
     with tqdm(total=total, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
         found = measure(bar)
     T = MAX_DIGITS + 2
-    print(f"\nSPARSE ATTENTION, {NUM_LAYERS} layers, numbers of 1 to {MAX_DIGITS} digits ({T} tokens)\npairs: share of the "
-          f"T * T that is attended to, here and in a long text; 1 and {NUM_LAYERS} layers: share reached;\nceiling: the "
-          f"most place values that can be right; model: after {NUM_STEPS} steps (mean of {len(SEEDS)} seeds, range)\n\n"
-          f"  {'':16}"
-          f"{'pairs':>8}{f'T={LONG}':>9}{'1 layer':>9}{f'{NUM_LAYERS} layers':>10}{'ceiling':>10}{'model':>26}")
+    print(f"\nSPARSE ATTENTION, {NUM_LAYERS} layers, numbers of 1 to {MAX_DIGITS} digits ({T} tokens)\n"
+          f"pairs: share of the T * T pairs that are attended to, here and in a long text\n"
+          f"1 layer, {NUM_LAYERS} layers: share of the pairs between which something can pass\n"
+          f"ceiling: the most place values that can be right; model: after {NUM_STEPS} steps, mean of {len(SEEDS)} seeds "
+          f"(range)\n\n  {'':16}{'pairs':>8}{f'T={LONG}':>9}{'1 layer':>9}{f'{NUM_LAYERS} layers':>10}{'ceiling':>10}"
+          f"{'model':>26}")
     for name, pattern in patterns.items():
         mask = pattern(T)
         row = [mask, pattern(LONG), reach(mask, 1), reach(mask, NUM_LAYERS)]
