@@ -291,9 +291,9 @@ def main() -> None:
     print(f"\nSPARSE ATTENTION, {NUM_LAYERS} layers, numbers of 1 to {MAX_DIGITS} digits ({T} tokens)\n"
           f"pairs: share of the T * T pairs that are attended to, here and in a long text\n"
           f"1 layer, {NUM_LAYERS} layers: share of the pairs between which something can pass\n"
-          f"ceiling: the most place values that can be right; model: after {NUM_STEPS} steps, mean of {len(SEEDS)} seeds "
-          f"(range)\n\n  {'':16}{'pairs':>8}{f'T={LONG}':>9}{'1 layer':>9}{f'{NUM_LAYERS} layers':>10}{'ceiling':>10}"
-          f"{'model':>26}")
+          f"ceiling: the most place values that can be right\n"
+          f"model: after {NUM_STEPS} steps, mean of {len(SEEDS)} seeds (range)\n\n"
+          f"  {'':16}{'pairs':>8}{f'T={LONG}':>9}{'1 layer':>9}{f'{NUM_LAYERS} layers':>10}{'ceiling':>10}{'model':>26}")
     for name, pattern in patterns.items():
         mask = pattern(T)
         row = [mask, pattern(LONG), reach(mask, 1), reach(mask, NUM_LAYERS)]
