@@ -303,10 +303,11 @@ def print_table(title: str, rows: list[Row], found: dict[str, list[float]]) -> N
         print(f"  {row.name:34}{spread(found[row.name]):>26}{100 * effect[row.name]:+10.1f}{noise}")
     beyond = [row for row in others if differ(found[row.name], found[row.base])]
     better, worse = ([row.name for row in beyond if (effect[row.name] > 0) == sign] for sign in (True, False))
-    by_chance = 2 * len(others) / math.comb(2 * len(SEEDS), len(SEEDS))  # all of one row's seeds above all of the other's
+    # By chance all seeds of one row lie above all of the other's in 2 of C(2n, n) orders.
+    by_chance = 2 * len(others) / math.comb(2 * len(SEEDS), len(SEEDS))
     say(f"Better than the base beyond seed noise: {'; '.join(better) or 'nothing'}. Worse: "
-        f"{'; '.join(worse) or 'nothing'}. (Of {len(others)} rows that change nothing, {by_chance:.1f} would look different "
-        f"by chance.)")
+        f"{'; '.join(worse) or 'nothing'}. (Of {len(others)} rows that change nothing, {by_chance:.1f} would look "
+        f"different by chance.)")
 
 
 def main() -> None:

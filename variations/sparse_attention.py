@@ -293,7 +293,8 @@ def main() -> None:
           f"1 layer, {NUM_LAYERS} layers: share of the pairs between which something can pass\n"
           f"ceiling: the most place values that can be right\n"
           f"model: after {NUM_STEPS} steps, mean of {len(SEEDS)} seeds (range)\n\n"
-          f"  {'':16}{'pairs':>8}{f'T={LONG}':>9}{'1 layer':>9}{f'{NUM_LAYERS} layers':>10}{'ceiling':>10}{'model':>26}")
+          f"  {'':16}{'pairs':>8}{f'T={LONG}':>9}{'1 layer':>9}{f'{NUM_LAYERS} layers':>10}{'ceiling':>10}"
+          f"{'model':>26}")
     for name, pattern in patterns.items():
         mask = pattern(T)
         row = [mask, pattern(LONG), reach(mask, 1), reach(mask, NUM_LAYERS)]
