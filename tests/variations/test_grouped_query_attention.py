@@ -1,0 +1,111 @@
+"""Grouped-query attention: it is what PyTorch computes, reduces to the base, and keeps a smaller cache."""
+
+import decoder_only
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+
+from variations import grouped_query_attention
+from variations.grouped_query_attention import GroupedQueryAttention, exchange, pool_heads
+
+PROMPTS = [decoder_only.make_prompt(number) for number in (7, 342, 90210, 123456)]
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
+
+
+@pytest.fixture(params=[4, 2, 1])
+def model(request):
+    return exchange(tiny(decoder_only), request.param).eval()
+
+
+def test_with_as_many_groups_as_heads_it_is_the_base_attention_to_the_bit():
+    base, model = tiny(decoder_only), exchange(tiny(decoder_only), 4, "mean")
+    ids = torch.tensor([PROMPTS[3]])
+    assert torch.equal(model(ids), base(ids))
+    gradients = [torch.autograd.grad(m(ids).square().sum(), m.layers[0].attention.key.weight)[0] for m in (base, model)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 4])
+def test_it_equals_attention_with_keys_and_values_repeated_for_each_head(num_groups):
+    torch.manual_seed(0)
+    attention, x = GroupedQueryAttention(32, 4, 0.0, num_groups), torch.randn(2, 6, 32, requires_grad=True)
+    query = attention.query(x).unflatten(-1, (4, -1)).transpose(1, 2)
+    key, value = (f(x).unflatten(-1, (num_groups, -1)).transpose(1, 2).repeat_interleave(4 // num_groups, dim=1)
+                  for f in (attention.key, attention.value))
+    heads = F.scaled_dot_product_attention(query, key, value, CAUSAL)
+    expected, maps = attention.output(heads.transpose(1, 2).flatten(2)), []
+    found = attention(x, CAUSAL[None, None], attention_maps=maps)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
+    scores = (query @ key.transpose(-2, -1) / 8**0.5).masked_fill(~CAUSAL, -torch.inf)
+    torch.testing.assert_close(maps[0], scores.softmax(-1))
+
+
+@pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5), reason="enable_gqa is new in torch 2.5")
+def test_it_equals_pytorchs_grouped_query_attention():
+    torch.manual_seed(0)
+    attention, x = GroupedQueryAttention(32, 4, 0.0, 2), torch.randn(2, 6, 32)
+    query = attention.query(x).unflatten(-1, (4, -1)).transpose(1, 2)
+    key, value = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (attention.key, attention.value))
+    heads = F.scaled_dot_product_attention(query, key, value, CAUSAL, enable_gqa=True)
+    torch.testing.assert_close(attention(x, CAUSAL[None, None]), attention.output(heads.transpose(1, 2).flatten(2)))
+
+
+def test_cached_generation_gives_the_recomputed_tokens(model):
+    cached, recomputed = (decoder_only.generate(model, PROMPTS, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, recomputed)
+
+
+def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(model):
+    together = decoder_only.generate(model, PROMPTS)
+    for row, prompt in zip(together, PROMPTS):
+        alone = decoder_only.generate(model, [prompt])[0]
+        assert torch.equal(row[:len(alone)], alone)
+
+
+def test_the_cache_holds_one_key_and_value_for_each_group_and_position(model):
+    cache = model.new_cache()
+    model(torch.tensor([PROMPTS[1]]), cache)
+    assert cache[0].key.shape == cache[0].value.shape == (1, model.layers[0].attention.num_groups, len(PROMPTS[1]), 8)
+
+
+def test_pooling_averages_the_heads_of_a_group_or_keeps_the_first():
+    projection = torch.nn.Linear(2, 8, bias=False)                     # 4 heads of width 2
+    projection.weight.data = torch.arange(16.0).view(8, 2)
+    heads = projection.weight.view(4, 2, 2)
+    mean, first = (pool_heads(projection, 4, 2, how)["weight"].view(2, 2, 2) for how in ("mean", "first"))
+    torch.testing.assert_close(mean, torch.stack([(heads[0] + heads[1]) / 2, (heads[2] + heads[3]) / 2]))
+    torch.testing.assert_close(first, torch.stack([heads[0], heads[2]]))
+
+
+def test_a_conversion_of_equal_heads_changes_nothing():
+    model = tiny(decoder_only)
+    for layer in model.layers:  # all key heads alike, all value heads alike: then their mean is each of them
+        for projection in (layer.attention.key, layer.attention.value):
+            for parameter in (projection.weight, projection.bias):
+                parameter.data = torch.cat([parameter.data.chunk(4)[0]] * 4)
+    ids = torch.tensor([PROMPTS[3]])
+    before = model(ids)
+    torch.testing.assert_close(exchange(model, 1, "mean")(ids), before, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_that_cannot_be_shared_equally_are_refused():
+    with pytest.raises(ValueError, match="4 query heads cannot share 3"):
+        GroupedQueryAttention(32, 4, 0.0, 3)
+
+
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys):
+    small = dict(BATCH_SIZE=8, SEEDS=(0, 1), NUM_EPOCHS=1, CACHED_POSITIONS=10, CACHED_BATCH=2)
+    for name, value in small.items():
+        monkeypatch.setattr(grouped_query_attention, name, value)
+    monkeypatch.setattr(decoder_only, "D_MODEL", 16)
+    splits = decoder_only.toy_dataset.make_splits()
+    few = splits._replace(train=splits.train[:16], validation=splits.validation[:20], test=splits.test[:20])
+    monkeypatch.setattr(decoder_only.toy_dataset, "make_splits", lambda: few)
+    build = decoder_only.build_model
+    monkeypatch.setattr(decoder_only, "build_model", lambda **sizes: build(**{"d_model": 16, "d_ff": 16} | sizes))
+    grouped_query_attention.main()
+    printed = capsys.readouterr().out
+    assert all(f"{g} KV heads" in printed for g in (8, 2, 1)) and "mean of each group" in printed
+    assert [line for line in printed.splitlines() if len(line) > 100] == [] and printed.isascii()
