@@ -39,14 +39,14 @@ def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(mod
 def test_rmsnorm_is_pytorchs_forward_and_backward():
     x, norm = torch.randn(3, 5, 16, requires_grad=True), RMSNorm(16)
     norm.weight.data.normal_()
-    found, expected = norm(x), F.rms_norm(x, (16,), norm.weight, norm.epsilon)
+    found, expected = norm(x), F.rms_norm(x, (16,), norm.weight, ablations.EPSILON)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
 
 
 def test_rmsnorm_has_its_epsilon_inside_the_root():
     tiny_x = torch.full((4,), 1e-4)
-    torch.testing.assert_close(RMSNorm(4, epsilon=1e-5)(tiny_x), tiny_x / (1e-8 + 1e-5) ** 0.5)
+    torch.testing.assert_close(RMSNorm(4)(tiny_x), tiny_x / (1e-8 + 1e-5) ** 0.5)
 
 
 def test_swiglu_equals_its_definition_and_has_as_many_parameters_as_the_base():

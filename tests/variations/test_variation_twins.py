@@ -6,7 +6,7 @@ from collections import defaultdict
 from conftest import ROOT
 
 # Each variation has its own of these: its exchange, its experiment, its picture.
-OWN = {"main", "exchange", "build", "draw"}
+OWN = {"main", "exchange", "build", "draw", "measure"}
 
 
 def sources() -> dict[str, dict[str, str]]:
