@@ -1,9 +1,9 @@
-"""benchmark.py - how fast the three models are, beside PyTorch's own layers and beside doing without a cache.
+"""benchmark.py - the speed of the three models, compared with PyTorch's own layers and with decoding without a cache.
 
     python tests/benchmark.py        a few minutes
 
-Absolute times mean little on a shared machine. So all figures are ratios of two things that were timed in turns, a few
-steps of the one, a few of the other, and the median of the ratios is what is printed.
+Absolute times mean little on a shared machine. So all figures are ratios of two things that are timed in turns, a few
+steps of one, a few of the other, and the median of the ratios is printed.
 """
 
 import math
@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import decoder_only  # noqa: E402
 import encoder_decoder  # noqa: E402
 import encoder_only  # noqa: E402
-from toy_dataset import PAD_ID, VOCABULARY, make_splits  # noqa: E402
+from toy_dataset import EOS_ID, PAD_ID, VOCABULARY, make_splits  # noqa: E402
 
 TURNS = 15            # pairs of measurements; the median of their ratios counts
 STEPS = 6             # training steps in one measurement
@@ -29,7 +30,7 @@ NUM_TOKENS = 512      # length of the decoding test
 
 
 class TorchTransformer(nn.Module):
-    """The same model, of PyTorch's layers: same sizes, embeddings, positions, final norms, tied output."""
+    """The same model, built from PyTorch's layers: same sizes, embeddings, positions, final norms, tied output."""
 
     def __init__(self, module):
         super().__init__()
@@ -109,24 +110,53 @@ def benchmark_cache() -> None:
     print(f"  last 50 tokens / first 50, with the cache {verdict(ratio, 1.5)}", flush=True)
 
 
-def benchmark_beam_search() -> None:
-    print("\nBEAM SEARCH of width 5 / greedy decoding, 256 numbers in one batch, a briefly trained model")
+def train_for_a_while(module):
+    """A model after three passes: it ends its names, as untrained ones do not."""
     torch.manual_seed(0)
-    model, loaders = encoder_decoder.build_model(), encoder_decoder.create_dataloaders(128)
-    optimizer = encoder_decoder.create_optimizer(model, 1e-3)
-    for batch in [batch for _ in range(3) for batch in loaders.train]:
-        loss_sum, num_targets = encoder_decoder.compute_loss(model, batch)
-        optimizer.zero_grad()
-        (loss_sum / num_targets).backward()
-        optimizer.step()
-    sources = [encoder_decoder.make_source(number) for number in make_splits().test[:256]]
-    encoder_decoder.beam_search(model, sources, 5)  # warm up
-    beam, greedy = encoder_decoder.beam_search, encoder_decoder.generate
+    model = module.build_model()
+    module.train(model, module.create_dataloaders(128), 3, num_evaluations=0, progress=tqdm(disable=True))
+    return model.eval()
+
+
+@torch.no_grad()
+def plain_loop(model, prompt: list[int]) -> list[int]:
+    """Greedy decoding as briefly as it can be written: everything is recomputed for every token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + decoder_only.MAX_NEW_TOKENS and ids[-1] != EOS_ID:
+        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
+    return ids[len(prompt):]
+
+
+def benchmark_generation() -> None:
+    """One name at a time, where overhead counts most; and beam search, many at a time."""
+    numbers = make_splits().test[:256]
+    model = train_for_a_while(decoder_only)
+    prompts = [decoder_only.make_prompt(number) for number in numbers[:30]]
+
+    def one_by_one(decode):
+        return [decode(model, prompt) for prompt in prompts]
+
+    def cached(model, prompt):
+        return decoder_only.generate(model, [prompt])[0].tolist()
+
+    assert one_by_one(cached) == one_by_one(plain_loop)
+    ratios = [seconds(one_by_one, plain_loop) / seconds(one_by_one, cached) for _ in range(TURNS)]
+    print("\nGREEDY, one name at a time: time of a plain loop without a cache / time of generate "
+          f"{statistics.median(ratios):6.2f}", flush=True)
+
+    model = train_for_a_while(encoder_decoder)
+    beam, greedy, one = encoder_decoder.beam_search, encoder_decoder.generate, encoder_decoder.beam_search_one
+    sources = [encoder_decoder.make_source(number) for number in numbers]
+    beam(model, sources, 5)  # warm up
     ratios = [seconds(beam, model, sources, 5) / seconds(greedy, model, sources) for _ in range(TURNS)]
-    print(f"  {'':18}{verdict(statistics.median(ratios), 6)}")
+    print(f"BEAM SEARCH of width 5, {len(sources)} numbers in one batch: time / time of greedy decoding "
+          f"{verdict(statistics.median(ratios), 6)}", flush=True)
+    ratios = [len(sources) * seconds(one, model, sources[turn], 5) / seconds(beam, model, sources, 5)
+              for turn in range(TURNS)]
+    print(f"{'':13}time per number of a plain loop (beam_search_one) / its own {statistics.median(ratios):6.1f}")
 
 
 if __name__ == "__main__":
     benchmark_training()
     benchmark_cache()
-    benchmark_beam_search()
+    benchmark_generation()
