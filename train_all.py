@@ -24,9 +24,8 @@ run it again: it resumes from its last checkpoint, and on a CPU the final weight
 uninterrupted run. The best weights of each model end up in checkpoints/, where the architecture files look for theirs:
 afterwards `python decoder_only.py 342 90210` answers with them.
 
-What is not set below is set in the architecture files, and works here as it does there: the model sizes, DROPOUT,
-LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY, GRAD_CLIP, the parameter groups with and without weight decay
-(create_optimizer) and the schedule of warmup and cosine decay (learning_rate_at).
+What is not set below is set in the architecture files: the model sizes, DROPOUT, LEARNING_RATE, WARMUP_STEPS,
+WEIGHT_DECAY, GRAD_CLIP, the optimizer's parameter groups (create_optimizer), the schedule (learning_rate_at).
 """
 
 import hashlib
@@ -93,7 +92,6 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 class Job(NamedTuple):
     """One training run."""
-
     name: str                # names its files, and its row in the tables
     module: ModuleType       # the architecture file
     options: dict            # for that file's build_model
@@ -142,9 +140,8 @@ def check_constants(jobs) -> None:
                          f"GLOBAL_BATCH_SIZE = {GLOBAL_BATCH_SIZE} to {2 * WORLD_SIZE}, or start fewer processes.")
     for job in jobs:
         job.module.check_training(job.num_epochs, job.learning_rate)
+        job.module.check_writable(job.module.CHECKPOINT)
     if RANK == 0:
-        for job in jobs:
-            job.module.check_writable(job.module.CHECKPOINT)
         FOLDER.mkdir(parents=True, exist_ok=True)
         if not os.access(FOLDER, os.W_OK):
             raise InputError(f"FOLDER = {FOLDER} is not writable: change its permissions, or FOLDER in train_all.py.")
@@ -159,9 +156,8 @@ def check_constants(jobs) -> None:
 #     one process that takes the micro-batches one after the other        (gradient accumulation)
 #     several processes that take them side by side                       (data parallelism)
 #     a run that was killed after step 1000 and resumes at step 1001      (exact resume)
-# are the same training run: the third bit for bit, the second up to rounding, as it adds the micro-batches' gradients
-# in another order. Often each process has its own running generator instead. Then resuming must restore all of their
-# states, and two GPUs give a different run from four.
+# are the same training run: the third bit for bit, the second up to rounding, as it adds gradients in another order.
+# With the usual running generator per process, resuming must restore all of them, and two GPUs differ from four.
 
 
 def seed_for(*place) -> int:
@@ -186,22 +182,20 @@ def plan_batches(num_numbers: int, num_epochs: int) -> list[list[list[int]]]:
     for epoch in range(num_epochs):
         order = torch.randperm(num_numbers, generator=torch.Generator().manual_seed(seed_for("order", epoch)))
         for batch in order.tensor_split(math.ceil(num_numbers / GLOBAL_BATCH_SIZE)):
-            pieces = batch.tensor_split(min(micro_batches_per_step(), len(batch)))
-            plan.append([micro.tolist() for micro in pieces])
+            plan.append([micro.tolist() for micro in batch.tensor_split(min(micro_batches_per_step(), len(batch)))])
     return plan
 
 
 # ======================================================================================================
-# ONE STEP
+# ONE STEP, AND ITS MEMORY
 # ======================================================================================================
 
 
 def precision() -> str:
     """What MIXED_PRECISION means on this machine: "bf16" or "off"."""
-    if MIXED_PRECISION == "auto":
-        # Native support begins with Ampere, 8.0. torch.cuda.is_bf16_supported() also counts slow emulation.
-        return "bf16" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else "off"
-    return MIXED_PRECISION
+    # Native support begins with Ampere, 8.0. torch.cuda.is_bf16_supported() also counts slow emulation.
+    native = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return MIXED_PRECISION if MIXED_PRECISION != "auto" else "bf16" if native else "off"
 
 
 def mixed_precision(job):
@@ -210,12 +204,9 @@ def mixed_precision(job):
     bf16 has float32's range with 8 bits of precision instead of 24: most activations take half the memory and, on GPUs
     made for it, matrix products run many times faster. Weights, gradients, optimizer state and loss stay in float32.
     An update changes a weight by about a thousandth, and in bf16 1 + 0.001 rounds to 1: accumulate in float32, compute
-    in bf16. The older float16 overflows at 65504 and loses small gradients to zero. It needs the loss scaled up before
-    backward and the gradients scaled down again before clipping (GradScaler); bf16 does not.
+    in bf16. (The older float16 overflows at 65504 and loses small gradients to zero, so it also needs a GradScaler.)
     """
-    if precision() == "off":
-        return nullcontext()
-    return torch.autocast(job.module.get_device().type, torch.bfloat16)
+    return nullcontext() if precision() == "off" else torch.autocast(job.module.get_device().type, torch.bfloat16)
 
 
 def add_gradient(job, model, batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,8 +247,7 @@ def update(job, model, optimizer, sums: torch.Tensor, step: int) -> tuple[float,
     """One optimizer step: normalize the summed gradient, clip, check, step. Returns the loss and the gradient norm.
 
     The order matters: clipped before it is divided, a sum over a thousand targets would be cut to the length that is
-    meant for their mean. (With float16's scaled gradients likewise: unscale, then clip, then step.)
-    sums: loss sum and targets of all processes, and other values, which are returned as well.
+    meant for their mean. sums: loss sum and targets of all processes, and other values, which are returned as well.
     """
     num_targets = sums[1].clamp(min=1)  # no targets: avoid 0 / 0
     for parameter in model.parameters():
@@ -277,17 +267,11 @@ def update(job, model, optimizer, sums: torch.Tensor, step: int) -> tuple[float,
     return loss, grad_norm, *others
 
 
-# ======================================================================================================
-# LESS MEMORY: GRADIENT CHECKPOINTING
-# ======================================================================================================
-
-
 def checkpoint_layers(model) -> None:
     """Store only each layer's input, and recompute the rest in the backward pass (Chen et al. 2016).
 
-    Without it, backward needs all that forward computed in every layer: attention weights for each pair of positions,
-    D_FF values for each position. The price is about a third more compute. The second forward must repeat the first, so
-    checkpoint() restores the random state for dropout.
+    Without it, backward needs attention weights for each pair of positions and D_FF values for each position, of every
+    layer. The price is about a third more compute. checkpoint() restores the random state, so dropout repeats itself.
     """
     for stack in ("layers", "encoder", "decoder"):  # the lists of layers, as the three files name them
         for layer in getattr(model, stack, []):
@@ -300,16 +284,12 @@ def sample_batch(job) -> dict:
 
 
 def measure_memory(job, num_layers: int, checkpointing: bool) -> int:
-    """Bytes of activations that a model with so many layers stores between the forward and the backward pass.
-
-    autograd calls the hook with each tensor that it stores. Counted by storage, as views share memory, and without the
-    weights. (With checkpointing, one layer at a time is recomputed during backward, on top of this.)
-    """
+    """Bytes of activations stored between forward and backward. (Backward then recomputes one layer at a time.)"""
     model, stored = job.module.build_model(**job.options | {"num_layers": num_layers}), {}
     if checkpointing:
         checkpoint_layers(model)
 
-    def note(tensor):
+    def note(tensor):  # autograd calls it with each tensor that it stores; counted by storage, as views share memory
         stored[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -344,16 +324,15 @@ def start_processes() -> None:
         return
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing or RANK >= WORLD_SIZE:
-        raise InputError(f"RANK = {RANK} of WORLD_SIZE = {WORLD_SIZE} processes is not a complete setup"
-                         f"{' without ' if missing else ''}{', '.join(missing)}: use torchrun, which sets these "
-                         "variables, or unset them for a run on one process.")
+        raise InputError(f"RANK = {RANK} and WORLD_SIZE = {WORLD_SIZE} are set"
+                         f"{' without ' if missing else ''}{', '.join(missing)}: use torchrun, which sets a complete "
+                         "environment, or unset them for a run on one process.")
     say(f"Waiting for all {WORLD_SIZE} processes ...")
     store, *_ = next(dist.rendezvous("env://"))
+    num_gpus = torch.cuda.device_count()
     # nccl is the backend for NVIDIA GPUs; gloo runs everywhere.
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
-    if torch.cuda.is_available():
-        num_gpus = torch.cuda.device_count()
+    dist.init_process_group("nccl" if num_gpus else "gloo", store=store, rank=RANK, world_size=WORLD_SIZE)
+    if num_gpus:
         gpu = int(os.environ.get("LOCAL_RANK", RANK % num_gpus))  # the local rank counts per machine
         if gpu >= num_gpus:
             raise InputError(f"this machine has {num_gpus} GPU(s), and each process needs its own: run torchrun with "
@@ -375,24 +354,24 @@ def fail_together(error: BaseException) -> None:
         first = True  # the store has gone, together with the process that held it
     if not first:
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-    print(f"rank {RANK}: ", end="", file=sys.stderr, flush=True)
+    if not isinstance(error, KeyboardInterrupt):
+        print(f"rank {RANK}: ", end="", file=sys.stderr, flush=True)
     raise error
 
 
 def from_rank_0(value):
     """Rank 0's value, on every process."""
-    if not dist.is_initialized():
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def wrap(job, model):
     """The model as the training loop calls it: checkpointed, compiled, distributed, or simply itself.
 
-    The wrappers share the model's weights. Checkpoints are made from the model itself, so that no name in them starts
-    with `_orig_mod.` (compiled) or `module.` (distributed), and any script can load them.
+    The wrappers share its weights. Checkpoints are made from the model itself, so no name in them starts with
+    `_orig_mod.` (compiled) or `module.` (distributed).
     """
     if GRADIENT_CHECKPOINTING:
         checkpoint_layers(model)
@@ -415,11 +394,10 @@ def flops_utilization(job, model, tokens_per_second: float) -> float | None:
     """6 N * tokens per second / peak FLOP/s (Chowdhery et al. 2022, appendix B); None where the peak is unknown.
 
     Each of N parameters takes part in one multiplication and one addition per token in the forward pass, and in twice
-    as many in the backward pass. Padding does not count. In the encoder-decoder a token passes through one of the two
-    stacks: about half of the parameters.
+    as many in backward. In the encoder-decoder a token passes through one of two stacks. Padding does not count.
     """
     num_parameters = sum(p.numel() for p in model.parameters()) / (2 if job.module is encoder_decoder else 1)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() and precision() == "bf16" else ""
+    device = torch.cuda.get_device_name() if precision() == "bf16" and torch.cuda.is_available() else ""
     peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)
     return peak and 6 * num_parameters * tokens_per_second / (peak * WORLD_SIZE)
 
@@ -437,10 +415,8 @@ def path_of(job, kind: str) -> Path:
 
 
 def run_constants(job, model) -> dict:
-    """What the result depends on: a run resumes only if none of it has changed.
-
-    What affects only speed and memory is left out: a run may stop on one GPU and resume on as many as a step has
-    micro-batches. Compiled kernels draw other dropout masks, so COMPILE is in.
+    """What the result depends on: a run resumes only if none of it has changed. (Compiled kernels draw other dropout
+    masks. The number of processes may change, as long as the number of micro-batches per step does not.)
     """
     found = job.module.all_constants(model) | {"LEARNING_RATE": job.learning_rate, "NUM_EPOCHS": job.num_epochs,
                                                "MIXED_PRECISION": precision(),
@@ -450,8 +426,7 @@ def run_constants(job, model) -> dict:
     for name in ("DROPOUT", "WARMUP_STEPS", "FINAL_LEARNING_RATE_RATIO", "WEIGHT_DECAY", "GRAD_CLIP",
                  "MASK_PROBABILITY", "LOSS_ON_PROMPT"):
         found[f"{job.module.__name__}.{name}"] = getattr(job.module, name, None)  # not every file has all of them
-    found["micro-batches per step (GLOBAL_BATCH_SIZE / MICRO_BATCH_SIZE, at least one per process)"] = \
-        micro_batches_per_step()
+    found["micro-batches per step (from MICRO_BATCH_SIZE; at least one per process)"] = micro_batches_per_step()
     if job.starts_from is not None:
         pretrained = path_of(job.starts_from, "best.pt")
         found[f"the SHA-256 of {pretrained.name}"] = hashlib.sha256(pretrained.read_bytes()).hexdigest()[:16]
@@ -459,10 +434,7 @@ def run_constants(job, model) -> dict:
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(another path), then rename: whenever the process is killed, `path` is a complete file, the old or the new.
-
-    To survive a power failure as well, the file and its folder would have to be flushed to the disk (os.fsync).
-    """
+    """Write, then rename: if the process is killed, `path` is complete, old or new. (A power cut would need fsync.)"""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
@@ -474,8 +446,6 @@ def save_state(job, model, optimizer, state: dict) -> None:
     The optimizer is part of it: without its moment estimates AdamW would start cold in mid-schedule. The position in
     the data, the learning rate and the random state are not: they follow from the step.
     """
-    if RANK > 0:
-        return
     whole = state | {"job": job.name, "constants": run_constants(job, model), "weights": model.state_dict(),
                      "optimizer": optimizer.state_dict()}
     write_atomically(path_of(job, "last.pt"), lambda path: torch.save(whole, path))
@@ -547,8 +517,8 @@ def start_or_resume(job):
              "tokens": 0, "seconds": 0.0}
     saved = from_rank_0(load_state(job, model) if RANK == 0 else None)
     if saved is None and RANK > 0 and path_of(job, "last.pt").exists():
-        raise InputError(f"this machine has {path_of(job, 'last.pt')}, but the machine of rank 0, which would load it, "
-                         "has not. Put FOLDER on a file system that all machines share.")
+        raise InputError(f"{path_of(job, 'last.pt')} is here, but not on the machine of rank 0, which would load it. "
+                         "Put FOLDER on a file system that all machines share.")
     if saved is None and job.starts_from is not None and RANK == 0:
         model = job.module.build_fine_tuned(load_best(job.starts_from), job.options["task"])
     optimizer = job.module.create_optimizer(model, job.learning_rate)
@@ -563,7 +533,7 @@ def evaluate_and_keep_best(job, model, state: dict, validation) -> dict:
     """Evaluate on the validation split; if this is the best so far, save the weights. Returns the metrics.
 
     Early stopping (Prechelt 1998): once a model memorizes the training numbers, validation gets worse. So keep the
-    weights of the best evaluation, and stop when it is long past. With a cosine schedule it is usually near the end.
+    weights of the best evaluation, and stop when it is long past. (With a cosine schedule it is usually near the end.)
     """
     found = from_rank_0(job.module.evaluate(model, validation) if RANK == 0 else None)
     score = (found["exact_match"], -found["loss"])  # exact match first; ties go to the lower loss
@@ -595,9 +565,9 @@ def train_one(job) -> dict:
     with bar, StopRequest() as stop:
         for step in range(state["step"], len(plan)):  # from 0, as in the plan; the history counts from 1
             start = time.perf_counter()
-            learning_rate = job.module.learning_rate_at(step, len(plan), job.learning_rate)
+            rate = job.module.learning_rate_at(step, len(plan), job.learning_rate)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = rate
             sums = accumulate_gradients(job, wrapped, batches, len(plan[step]), step)
             sums = torch.cat([sums, sums.new_full((1,), stop.requested)])
             if dist.is_initialized():
@@ -608,23 +578,20 @@ def train_one(job) -> dict:
             state["step"] = step + 1
             state["tokens"] += int(num_tokens)
             state["seconds"] += time.perf_counter() - start  # of training alone, without evaluations and checkpoints
-            state["history"].append({"step": step + 1, "loss": loss, "learning_rate": learning_rate,
-                                     "grad_norm": grad_norm})
+            state["history"].append({"step": step + 1, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm})
             if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == len(plan):
                 state["history"][-1] |= evaluate_and_keep_best(job, model, state, validation)
                 if RANK == 0:
                     bar.write("  step {step:>6,}  loss {loss:.4f}  validation: loss {validation_loss:.4f}, exact match "
                               "{exact_match:7.2%}".format(**state["history"][-1]))
-            speed = state["tokens"] / state["seconds"]
-            bar.set_postfix_str(f"loss {loss:.4f}, lr {learning_rate:.1e}, gradient {grad_norm:.2f}, "
-                                f"{speed:,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.1e}, gradient {grad_norm:.2f}, "
+                                f"{state['tokens'] / state['seconds']:,.0f} tokens/s", refresh=False)
             bar.update()
             state["finished"] = step + 1 == len(plan) or state["evaluations_since_best"] >= EARLY_STOPPING_PATIENCE
             if state["finished"] and RANK == 0:
-                # To where the architecture file looks; and before "finished" is saved, or a crash in between would
-                # leave it out for good.
+                # Before save_state: a run that is saved as finished does not pass here again.
                 job.module.save(load_best(job), job.module.CHECKPOINT.with_name(f"{job.name}.pt"))
-            if state["finished"] or stopping or (step + 1) % CHECKPOINT_EVERY == 0:
+            if RANK == 0 and (state["finished"] or stopping or (step + 1) % CHECKPOINT_EVERY == 0):
                 save_state(job, model, optimizer, state)
             if state["finished"] or stopping:
                 break
@@ -634,7 +601,7 @@ def train_one(job) -> dict:
         raise KeyboardInterrupt
     if state["step"] < len(plan):
         say(f"  stopped early: no improvement in {EARLY_STOPPING_PATIENCE} evaluations")
-    if utilization := flops_utilization(job, model, speed):
+    if utilization := flops_utilization(job, model, state["tokens"] / state["seconds"]):
         say(f"  model FLOP utilization {utilization:.1%}")
     return state
 
@@ -663,7 +630,7 @@ def show_plan(jobs) -> None:
         num_steps = len(plan_batches(num_train, job.num_epochs))
         minutes = 0.0 if state["finished"] else (num_steps - state["step"]) * time_a_step(job) / 60
         total += minutes
-        start = f"the best {job.starts_from.name}" if job.starts_from else "random weights"
+        start = f"best {job.starts_from.name}" if job.starts_from else "random weights"
         rows.append(f"  {job.name:24}{sum(p.numel() for p in model.parameters()):12,}{num_steps:9,}"
                     f"{'all' if state['finished'] else format(state['step'], ','):>9}{minutes:7.1f} min   {start}")
     rows.append(f"  {'total':24}{'':30}{total:7.1f} min")
@@ -685,10 +652,9 @@ def show_plan(jobs) -> None:
 
 def show_results(jobs, states) -> None:
     """Test every model once, and summarize everything in one table."""
-    splits = toy_dataset.make_splits()
-    numbers = splits.test
+    train, validation, numbers = toy_dataset.make_splits()
     if TEST_EVERYTHING:  # without the validation numbers: they chose the best weights and the time to stop
-        numbers = sorted(set(range(10**MAX_DIGITS)).difference(splits.train, splits.validation))
+        numbers = sorted(set(range(10**MAX_DIGITS)).difference(train, validation))
     rows, mistakes = [], []
     for job, state in zip(jobs, states):
         model = load_best(job)
