@@ -198,7 +198,7 @@ def test_the_gradient_is_divided_then_clipped_then_stepped_along(monkeypatch):
     assert all(torch.allclose(parameter.grad, torch.tensor(1e-5)) for parameter in model.parameters())  # not lengthened
 
 
-def test_a_batch_of_which_nothing_is_asked_moves_nothing(monkeypatch):
+def test_a_batch_without_targets_leaves_the_weights_unchanged(monkeypatch):
     monkeypatch.setattr(encoder_only, "MASK_PROBABILITY", 0.0)
     monkeypatch.setattr(encoder_only, "WEIGHT_DECAY", 0.0)
     job = MASKED._replace(num_epochs=1)
@@ -316,7 +316,7 @@ def learn_tagging(monkeypatch, precision: str) -> float:
     return state["history"][-1]["exact_match"]
 
 
-def test_bf16_learns_as_well_and_keeps_float32_weights(monkeypatch):
+def test_bf16_reaches_the_same_accuracy_and_keeps_float32_weights(monkeypatch):
     numbers = list(range(100, 1300))
     random.Random(0).shuffle(numbers)
     monkeypatch.setattr(toy_dataset, "make_splits", lambda: Splits(numbers[:500], numbers[500:700], []))
@@ -359,6 +359,7 @@ def test_a_signal_is_noted_and_its_handler_is_put_back_at_the_end(number):
     before = signal.getsignal(number)
     with train_all.StopRequest() as stop:
         assert not stop.requested
+        assert signal.getsignal(number) == stop.note  # otherwise the next line would end the tests
         signal.raise_signal(number)
         assert stop.requested
     assert signal.getsignal(number) == before
@@ -366,23 +367,22 @@ def test_a_signal_is_noted_and_its_handler_is_put_back_at_the_end(number):
 
 def test_a_second_ctrl_c_interrupts_the_step_and_the_last_checkpoint_stands(monkeypatch):
     """A second one: torchrun may deliver the first twice, within an instant."""
-    now = [100.0]
+    now, survived = [100.0], []
     accumulate = train_all.accumulate_gradients
 
     def press(*arguments):
         if arguments[-1] == 4:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
-            now[0] += 2.0
-            signal.raise_signal(signal.SIGINT)
-            raise AssertionError("goes on")
+            for seconds in (0.0, 0.1, 2.0):
+                now[0] += seconds
+                signal.raise_signal(signal.SIGINT)
+                survived.append(seconds)
         return accumulate(*arguments)
 
     monkeypatch.setattr(train_all.time, "monotonic", lambda: now[0])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_all, "accumulate_gradients", press)
         train_all.train_one(DECODER)
-    assert last(DECODER)["step"] == 3
+    assert survived == [0.0, 0.1] and last(DECODER)["step"] == 3
     assert train_all.train_one(DECODER)["finished"]
 
 
@@ -438,7 +438,7 @@ def test_checkpoints_are_written_when_due_and_finished_only_after_the_best_weigh
     assert saved == [(step, False, False) for step in (3, 6, 9, 12)] + [(14, True, True)]
 
 
-def test_it_stops_early_once_nothing_gets_better(monkeypatch, capsys):
+def test_it_stops_early_when_validation_stops_improving(monkeypatch, capsys):
     monkeypatch.setattr(train_all, "EARLY_STOPPING_PATIENCE", 2)
     monkeypatch.setattr(decoder_only, "evaluate", lambda model, loader: {"exact_match": 0.5, "loss": 1.0})
     train_and_stop(DECODER, monkeypatch, step=9)
@@ -487,7 +487,7 @@ def test_checkpoints_hold_plain_names_whatever_the_model_was_wrapped_in(monkeypa
     assert set(torch.load(train_all.path_of(job, "best.pt"), weights_only=True)["weights"]) == names
 
 
-def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
+def test_a_failing_compiler_is_reported_in_one_sentence(monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no C++ compiler\nin a long story")
 
@@ -529,7 +529,7 @@ def test_a_distributed_model_is_still_compiled_and_checkpointed(monkeypatch, tmp
 # --- what goes wrong ---
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint_intact(monkeypatch):
+def test_a_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_intact(monkeypatch):
     update = train_all.update
 
     def poison(job, model, optimizer, sums, step):
@@ -547,7 +547,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint_i
     assert last(DECODER)["finished"]
 
 
-def test_a_learning_rate_of_10_is_stopped_with_a_sentence():
+def test_a_learning_rate_of_10_is_stopped_in_one_sentence():
     """Norms and clipping keep it finite: it is stopped because its loss is ten times that of blind guessing."""
     with pytest.raises(FloatingPointError, match="diverged, the loss is [0-9.e+]+ at step .* LEARNING_RATE = 10"):
         train_all.train_one(DECODER._replace(learning_rate=10))
@@ -586,7 +586,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
-def test_a_write_that_breaks_off_leaves_the_checkpoint_before_it(monkeypatch):
+def test_an_interrupted_write_leaves_the_previous_checkpoint_intact(monkeypatch):
     train_and_stop(DECODER, monkeypatch, step=5)
     path = train_all.path_of(DECODER, "last.pt")
     before = path.read_bytes()
@@ -610,7 +610,7 @@ def test_a_write_that_breaks_off_leaves_the_checkpoint_before_it(monkeypatch):
     ({"learning_rate": 1e-4}, "LEARNING_RATE = 0.002, and now it is 0.0001"),
     ({"options": TINY | {"d_ff": 64}}, "D_FF = 32, and now it is 64"),
 ])
-def test_a_run_does_not_go_on_with_other_constants(change, named, monkeypatch):
+def test_a_run_does_not_resume_with_other_constants(change, named, monkeypatch):
     train_and_stop(DECODER, monkeypatch, step=5)
     before = train_all.path_of(DECODER, "last.pt").read_bytes()
     job = DECODER
@@ -642,7 +642,7 @@ def test_every_constant_that_the_result_depends_on_is_compared(place, name, monk
         train_all.load_state(job, model)
 
 
-def test_what_changes_only_the_speed_may_change_on_the_way(monkeypatch):
+def test_constants_that_affect_only_speed_or_memory_may_change_before_resuming(monkeypatch):
     train_and_stop(DECODER, monkeypatch, step=5)
     for name, value in {"GRADIENT_CHECKPOINTING": True, "CHECKPOINT_EVERY": 7, "TEST_EVERYTHING": True}.items():
         monkeypatch.setattr(train_all, name, value)
@@ -733,7 +733,7 @@ def test_a_checkpoint_that_rank_0_does_not_have_is_refused(monkeypatch):
 # --- the final test ---
 
 
-def test_testing_everything_asks_for_all_numbers_but_those_trained_on(monkeypatch, capsys):
+def test_testing_everything_leaves_out_training_and_validation_numbers(monkeypatch, capsys):
     monkeypatch.setattr(train_all, "TEST_EVERYTHING", True)
     monkeypatch.setattr(train_all, "MAX_DIGITS", 2)
     monkeypatch.setattr(toy_dataset, "make_splits", lambda: Splits(list(range(60)), [60], [61]))
@@ -748,7 +748,7 @@ def test_testing_everything_asks_for_all_numbers_but_those_trained_on(monkeypatc
     assert int(row.split()[-1]) == wrong and row.split()[-2] == f"{1 - wrong / 39:.4%}"
 
 
-def test_the_first_mistakes_are_shown_with_what_is_right(capsys):
+def test_the_first_mistakes_are_shown_with_the_correct_answers(capsys):
     job = TRANSLATOR._replace(num_epochs=1)
     train_all.show_results([job], [train_all.train_one(job)])
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
@@ -787,7 +787,7 @@ def test_the_architecture_file_answers_with_the_weights_that_were_trained(undist
     assert done.stdout.count("342 -> ") == 2 and "TEST" not in done.stdout
 
 
-def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed, tmp_path):
+def test_killed_at_random_moments_and_resumed_it_ends_like_an_uninterrupted_run(undisturbed, tmp_path):
     """Up to three kills (a run on a fast machine may finish before the third); tests/kill_train_all.py does twenty."""
     expected = kill_train_all.files_of(undisturbed[0])
     folder = kill_train_all.small_copy(tmp_path / "killed")
@@ -801,7 +801,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed, tm
     assert kill_train_all.differences(kill_train_all.files_of(folder), expected) == []
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_going_on_loses_nothing(undisturbed, tmp_path):
+def test_ctrl_c_saves_and_resuming_loses_nothing(undisturbed, tmp_path):
     folder = kill_train_all.small_copy(tmp_path / "stopped", CHECKPOINT_EVERY=1000)
     process = kill_train_all.start(folder)
     while not (line := process.stdout.readline()).startswith("  step     10"):
