@@ -622,8 +622,7 @@ def time_a_step(job) -> float:
 
 def show_plan(jobs) -> None:
     """What will be trained, how, for how long, and where it goes. Checkpoints that don't fit are refused here."""
-    num_train = len(toy_dataset.make_splits().train)
-    rows, total = [], 0.0
+    num_train, rows, total = len(toy_dataset.make_splits().train), [], 0.0
     for job in jobs:
         model = job.module.build_model(**job.options)
         state = load_state(job, model) or {"step": 0, "finished": False}

@@ -236,7 +236,7 @@ def test_with_gradient_checkpointing_a_layer_stores_its_input_and_nothing_else()
 def test_stored_activations_are_counted_once_each_and_weights_are_not(monkeypatch):
     job = DECODER._replace(options=TINY | {"num_layers": 1})
     model = torch.nn.Linear(10, 10)
-    x = torch.ones(7, 10)
+    x = torch.ones(7, 10, requires_grad=True)
 
     def compute_loss(model, batch):
         y = model(x)                           # stores x, and the weights
