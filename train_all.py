@@ -633,10 +633,10 @@ def show_plan(jobs) -> None:
         rows.append(f"  {job.name:24}{sum(p.numel() for p in model.parameters()):12,}{num_steps:9,}"
                     f"{'all' if state['finished'] else format(state['step'], ','):>9}{minutes:7.1f} min   {start}")
     rows.append(f"  {'total':24}{'':30}{total:7.1f} min")
-    print(f"PLAN: {num_train:,} training numbers, batch size {GLOBAL_BATCH_SIZE} in {micro_batches_per_step()} "
-          f"micro-batches, on {WORLD_SIZE} x {jobs[0].module.get_device().type}\n(mixed precision {precision()}, "
-          f"gradient checkpointing {'on' if GRADIENT_CHECKPOINTING else 'off'}, compilation "
-          f"{'on' if COMPILE else 'off'})\n\n"
+    print(f"PLAN: {num_train:,} training numbers, batch size {GLOBAL_BATCH_SIZE}, micro-batch size "
+          f"{math.ceil(GLOBAL_BATCH_SIZE / micro_batches_per_step())}, on {WORLD_SIZE} x "
+          f"{jobs[0].module.get_device().type}\n(mixed precision {precision()}, gradient checkpointing "
+          f"{'on' if GRADIENT_CHECKPOINTING else 'off'}, compilation {'on' if COMPILE else 'off'})\n\n"
           f"  {'':24}{'parameters':>12}{'steps':>9}{'done':>9}{'about':>11}   starts from\n" + "\n".join(rows))
     print(f"\nFiles, in {FOLDER}:\n"
           "  NAME_last.pt        to resume from; move it away to start over\n"
