@@ -675,8 +675,8 @@ def show_results(jobs, states) -> None:
     if mistakes:
         say("\nTHE FIRST MISTAKES\n" + "\n".join(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="    ")
                                                for line in mistakes))
-    say(f"\nNext: python {jobs[-1].module.__name__}.py 342 90210 answers with these weights; the training histories, "
-        f"for plots, are in\n{FOLDER}")
+    say(f"\nNext: python {jobs[-1].module.__name__}.py 342 90210 answers with these weights. The training histories, "
+        f"for\nplots, are in {FOLDER}")
 
 
 def main() -> None:

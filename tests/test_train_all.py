@@ -887,7 +887,7 @@ def test_under_torchrun_ctrl_c_and_sigterm_save_and_resuming_loses_nothing(two_p
     assert f"resuming from step {step}" in printed and "Saved after step 46 of 57" in printed
     assert status == other[0] == 130
     (folder / "train_all.py").write_text(whole)
-    kill_train_all.run(folder, *TORCHRUN)
+    assert [status for status, *_ in run_two(folder)] == [0, 0]
     differences = kill_train_all.differences(kill_train_all.files_of(folder), kill_train_all.files_of(two_processes[0]))
     assert differences == []
 
