@@ -355,7 +355,7 @@ def fail_together(error: BaseException) -> None:
     if not first:
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     if not isinstance(error, KeyboardInterrupt):
-        print(f"rank {RANK}: ", end="", file=sys.stderr, flush=True)
+        print(f"\nrank {RANK}: ", end="", file=sys.stderr, flush=True)
     raise error
 
 
