@@ -1,4 +1,4 @@
-"""What train_all.py promises. Runs that are killed, stopped or shared by processes are run as a reader runs them."""
+"""What train_all.py promises. Runs that are killed, stopped or distributed are started as a reader starts them."""
 
 import copy
 import json
@@ -7,12 +7,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -86,7 +88,7 @@ def gradient_of(job, micro_batches, **options) -> tuple[list[torch.Tensor], int]
     torch.manual_seed(0)
     model = job.module.build_model(**job.options | options)
     batches = (toy_dataset.pad_batch([job.make_example(n) for n in numbers]) for numbers in micro_batches)
-    _, num_targets, _ = train_all.accumulate_gradients(job, model, batches, len(micro_batches), step=0)
+    _, num_targets, _ = train_all.accumulate_gradients(job, model, batches, len(micro_batches), step=0).tolist()
     return [parameter.grad for parameter in model.parameters()], num_targets
 
 
@@ -185,18 +187,18 @@ def test_the_gradient_is_divided_then_clipped_then_stepped_along(monkeypatch):
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     total = sum(parameter.numel() for parameter in model.parameters()) ** 0.5 * 3.0
-    loss, norm = train_all.update(DECODER, model, optimizer, loss_sum=20.0, num_targets=10, step=0)
+    loss, norm = train_all.update(DECODER, model, optimizer, torch.tensor([20.0, 10.0]), step=0)
     assert loss == 2.0 and norm == pytest.approx(total / 10, rel=1e-4)
     moved = torch.cat([(before[name] - weights).flatten() for name, weights in model.state_dict().items()])
     assert moved.norm() == pytest.approx(0.5, rel=1e-3)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-4)
-    _, norm = train_all.update(DECODER, model, optimizer, loss_sum=20.0, num_targets=10, step=0)
+    _, norm = train_all.update(DECODER, model, optimizer, torch.tensor([20.0, 10.0]), step=0)
     assert norm < 0.5
     assert all(torch.allclose(parameter.grad, torch.tensor(1e-5)) for parameter in model.parameters())  # not lengthened
 
 
-def test_a_batch_of_which_nothing_is_asked_moves_nothing(monkeypatch):
+def test_a_batch_without_targets_leaves_the_weights_unchanged(monkeypatch):
     monkeypatch.setattr(encoder_only, "MASK_PROBABILITY", 0.0)
     monkeypatch.setattr(encoder_only, "WEIGHT_DECAY", 0.0)
     job = MASKED._replace(num_epochs=1)
@@ -223,22 +225,85 @@ def test_gradient_checkpointing_changes_the_memory_and_nothing_else(job):
     assert all(torch.equal(without, with_it) for without, with_it in zip(*gradients))
 
 
-def test_gradient_checkpointing_needs_less_memory_the_more_so_the_deeper_the_model():
-    without, with_it = ([train_all.measure_memory(DECODER, layers, checkpointing) for layers in (4, 12)]
-                        for checkpointing in (False, True))
-    assert with_it[0] < 0.7 * without[0] and with_it[1] < 0.4 * without[1]
-    assert with_it[1] - with_it[0] < 0.3 * (without[1] - without[0])
+def test_with_gradient_checkpointing_a_layer_stores_its_input_and_nothing_else():
+    (shallow, deep), (_, all_deep) = ([train_all.measure_memory(DECODER, layers, checkpointing) for layers in (4, 12)]
+                                      for checkpointing in (True, False))
+    ids = train_all.sample_batch(DECODER)["ids"]
+    assert deep - shallow == 8 * ids.numel() * TINY["d_model"] * 4  # float32
+    assert deep < 0.2 * all_deep
 
 
-def test_peak_memory_counts_what_is_alive_at_once_and_views_once():
-    with train_all.PeakMemory() as peak:
-        one = torch.zeros(1000)
-        for _ in range(5):
-            two = torch.zeros(1000)  # each takes the place of the one before, once that is gone
-        assert two.view(10, 100).t().shape == (100, 10)
-        del one, two
-        torch.zeros(10)
-    assert peak.most == 3 * 4000  # the new one is made before the name lets go of the old one
+def test_stored_activations_are_counted_once_each_and_weights_are_not(monkeypatch):
+    job = DECODER._replace(options=TINY | {"num_layers": 1})
+    model = torch.nn.Linear(10, 10)
+    x = torch.ones(7, 10, requires_grad=True)
+
+    def compute_loss(model, batch):
+        y = model(x)                           # stores x, and the weights
+        return (y.view(70) * y.t().reshape(70)).sum(), torch.tensor(1)  # stores y, and a copy of it
+
+    monkeypatch.setattr(decoder_only, "build_model", lambda **options: model)
+    monkeypatch.setattr(decoder_only, "compute_loss", compute_loss)
+    assert train_all.measure_memory(job, 1, False) == 3 * 70 * 4
+
+
+def test_automatic_precision_is_bf16_only_where_the_gpu_has_it(monkeypatch):
+    assert train_all.MIXED_PRECISION == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *including_emulation: True)
+    for capability, expected in [((7, 5), "off"), ((8, 0), "bf16"), ((9, 0), "bf16")]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert train_all.precision() == expected
+
+
+def test_without_mixed_precision_there_is_no_autocast(monkeypatch):
+    """torch.autocast("mps") raises in older versions of torch, even if it is disabled."""
+    monkeypatch.setattr(train_all, "MIXED_PRECISION", "off")
+    monkeypatch.setattr(torch, "autocast", None)
+    train_all.add_gradient(DECODER, decoder_only.build_model(**TINY), train_all.sample_batch(DECODER))
+
+
+@pytest.mark.parametrize("job", [MASKED, DECODER, TRANSLATOR], ids=lambda job: job.name)
+def test_nothing_waits_for_the_device_between_micro_batches(job, monkeypatch):
+    """On a GPU, reading one value makes Python wait until everything queued so far has been computed."""
+    model = job.module.build_model(**job.options)
+    batches = iter([train_all.sample_batch(job) for _ in range(2)])
+
+    def wait(tensor, *arguments):
+        raise AssertionError("reads a value from the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+            patch.setattr(torch.Tensor, name, wait)
+        sums = train_all.accumulate_gradients(job, model, batches, 2, step=0)
+    assert sums.shape == (3,)
+
+
+def test_model_flop_utilization_is_6_flops_per_parameter_and_token_over_the_peak(monkeypatch):
+    model = decoder_only.build_model(**TINY)
+    assert train_all.flops_utilization(DECODER, model, 1e6) is None  # no GPU, no peak
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(train_all, "WORLD_SIZE", 2)
+    one_gpu = 6 * sum(p.numel() for p in model.parameters()) * 1e6 / 989e12
+    assert train_all.flops_utilization(DECODER, model, 1e6) == pytest.approx(one_gpu / 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU of next year")
+    assert train_all.flops_utilization(DECODER, model, 1e6) is None
+
+
+def test_the_estimated_time_of_a_step_is_that_of_the_jobs_model_times_its_micro_batches(monkeypatch):
+    times, models = iter([100.0, 107.0]), []
+
+    def add_gradient(job, model, batch):
+        models.append(model)
+        assert len(batch["ids"]) == train_all.MICRO_BATCH_SIZE
+        return torch.tensor(0.0), torch.tensor(1)
+
+    monkeypatch.setattr(train_all, "add_gradient", add_gradient)
+    monkeypatch.setattr(train_all.time, "perf_counter", lambda: next(times))
+    assert train_all.time_a_step(DECODER) == pytest.approx(7.0 * 16 / 5)
+    assert len(models) == 2 and models[0].constants["D_MODEL"] == TINY["d_model"]
 
 
 def learn_tagging(monkeypatch, precision: str) -> float:
@@ -251,7 +316,7 @@ def learn_tagging(monkeypatch, precision: str) -> float:
     return state["history"][-1]["exact_match"]
 
 
-def test_bf16_learns_as_well_and_keeps_float32_weights(monkeypatch):
+def test_bf16_reaches_the_same_accuracy_and_keeps_float32_weights(monkeypatch):
     numbers = list(range(100, 1300))
     random.Random(0).shuffle(numbers)
     monkeypatch.setattr(toy_dataset, "make_splits", lambda: Splits(numbers[:500], numbers[500:700], []))
@@ -289,6 +354,38 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(job, monkeypatch):
     assert kill_train_all.differences(kill_train_all.files_of(train_all.FOLDER), expected) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_is_noted_and_its_handler_is_put_back_at_the_end(number):
+    before = signal.getsignal(number)
+    with train_all.StopRequest() as stop:
+        assert not stop.requested
+        assert signal.getsignal(number) == stop.note  # otherwise the next line would end the tests
+        signal.raise_signal(number)
+        assert stop.requested
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_interrupts_the_step_and_the_last_checkpoint_stands(monkeypatch):
+    """A second one: torchrun may deliver the first twice, within an instant."""
+    now, survived = [100.0], []
+    accumulate = train_all.accumulate_gradients
+
+    def press(*arguments):
+        if arguments[-1] == 4:
+            for seconds in (0.0, 0.1, 2.0):
+                now[0] += seconds
+                signal.raise_signal(signal.SIGINT)
+                survived.append(seconds)
+        return accumulate(*arguments)
+
+    monkeypatch.setattr(train_all.time, "monotonic", lambda: now[0])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_all, "accumulate_gradients", press)
+        train_all.train_one(DECODER)
+    assert survived == [0.0, 0.1] and last(DECODER)["step"] == 3
+    assert train_all.train_one(DECODER)["finished"]
+
+
 def test_two_runs_from_one_seed_are_equal_and_another_seed_gives_another(monkeypatch):
     histories = []
     for run, seed in enumerate([0, 0, 1]):
@@ -309,23 +406,39 @@ def test_the_history_is_json_with_a_line_for_each_step():
     assert all({"loss", "learning_rate", "grad_norm"} <= entry.keys() for entry in history)
 
 
-def test_the_best_weights_are_kept_and_go_where_the_architecture_file_looks(monkeypatch):
-    scores = iter([0.2, 0.9, 0.9, 0.5])
+@pytest.mark.parametrize("ties, best_evaluation", [("the first of equals", 1), ("the lower loss", 2)])
+def test_the_best_weights_on_validation_go_where_the_architecture_file_looks(ties, best_evaluation, monkeypatch):
+    scores = iter([(0.2, 1.0), (0.9, 3.0), (0.9, 4.0), (0.5, 1.0)] if ties == "the first of equals"
+                  else [(0.2, 1.0), (0.9, 3.0), (0.9, 2.0), (0.5, 1.0)])
     weights = []
 
     def evaluate(model, loader):
+        assert loader.dataset.numbers == toy_dataset.make_splits().validation
         weights.append(copy.deepcopy(model.state_dict()))
-        return {"exact_match": next(scores), "loss": 1.0 + len(weights), "mistakes": []}
+        exact_match, loss = next(scores)
+        return {"exact_match": exact_match, "loss": loss, "mistakes": []}
 
     monkeypatch.setattr(decoder_only, "evaluate", evaluate)
     train_all.train_one(DECODER)
     for path in (train_all.path_of(DECODER, "best.pt"), decoder_only.CHECKPOINT):
         best = decoder_only.load(path, decoder_only.build_model(**TINY)).state_dict()
-        assert all(torch.equal(best[name], weights[1][name]) for name in best)
+        assert all(torch.equal(best[name], weights[best_evaluation][name]) for name in best)
         assert not all(torch.equal(best[name], weights[3][name]) for name in best)
 
 
-def test_it_stops_early_once_nothing_gets_better(monkeypatch, capsys):
+def test_checkpoints_are_written_when_due_and_finished_only_after_the_best_weights_are_in_place(monkeypatch):
+    saved = []
+
+    def save_state(job, model, optimizer, state, save_state=train_all.save_state):
+        saved.append((state["step"], state["finished"], decoder_only.CHECKPOINT.exists()))
+        save_state(job, model, optimizer, state)
+
+    monkeypatch.setattr(train_all, "save_state", save_state)
+    train_all.train_one(DECODER)
+    assert saved == [(step, False, False) for step in (3, 6, 9, 12)] + [(14, True, True)]
+
+
+def test_it_stops_early_when_validation_stops_improving(monkeypatch, capsys):
     monkeypatch.setattr(train_all, "EARLY_STOPPING_PATIENCE", 2)
     monkeypatch.setattr(decoder_only, "evaluate", lambda model, loader: {"exact_match": 0.5, "loss": 1.0})
     train_and_stop(DECODER, monkeypatch, step=9)
@@ -352,6 +465,16 @@ def test_fine_tuning_starts_from_the_best_pretrained_weights(monkeypatch):
                if not name.startswith("head"))
 
 
+def test_a_fine_tuning_run_does_not_resume_after_its_pretrained_weights_have_changed(monkeypatch):
+    tagging = TAGGING._replace(starts_from=MASKED)
+    train_all.train_one(MASKED)
+    train_and_stop(tagging, monkeypatch, step=5)
+    assert train_all.load_state(tagging, encoder_only.build_model(**tagging.options))["step"] == 5
+    encoder_only.save(encoder_only.build_model(**MASKED.options), train_all.path_of(MASKED, "best.pt"))
+    with pytest.raises(InputError, match=r"SHA-256 of encoder_only_best\.pt = \w+, and now it is \w+\. Change it back"):
+        train_all.train_one(tagging)
+
+
 def test_checkpoints_hold_plain_names_whatever_the_model_was_wrapped_in(monkeypatch):
     monkeypatch.setattr(train_all, "COMPILE", True)
     monkeypatch.setattr(train_all, "GRADIENT_CHECKPOINTING", True)
@@ -364,26 +487,55 @@ def test_checkpoints_hold_plain_names_whatever_the_model_was_wrapped_in(monkeypa
     assert set(torch.load(train_all.path_of(job, "best.pt"), weights_only=True)["weights"]) == names
 
 
-def test_a_compiler_that_fails_is_one_sentence(monkeypatch):
+def test_a_failing_compiler_is_reported_in_one_sentence(monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("no C++ compiler\nin a long story")
 
     monkeypatch.setattr(train_all, "COMPILE", True)
-    monkeypatch.setattr(torch, "compile", lambda model: fail)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: fail)
     with pytest.raises(InputError, match=r"COMPILE = True .* set it to False\. \(.*\)$"):
         train_all.train_one(DECODER)
+
+
+@pytest.mark.parametrize("job", [MASKED, DECODER, TRANSLATOR], ids=lambda job: job.name)
+def test_new_lengths_and_batch_sizes_do_not_compile_again(job, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()  # it remembers which sizes have varied before
+    monkeypatch.setattr(train_all, "COMPILE", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    wrapped = train_all.wrap(job, job.module.build_model(**job.options))
+    assert len(compiled) == 1
+    for numbers in ([7, 3], [777777, 123], [100, 20, 333333], [99999] * 16):
+        train_all.add_gradient(job, wrapped, toy_dataset.pad_batch([job.make_example(n) for n in numbers]))
+    assert len(compiled) == 1
+
+
+def test_a_distributed_model_is_still_compiled_and_checkpointed(monkeypatch, tmp_path):
+    monkeypatch.setattr(train_all, "COMPILE", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = train_all.wrap(DECODER, decoder_only.build_model(**TINY))
+        assert next(iter(wrapped.state_dict())).startswith("module._orig_mod.")
+    finally:
+        dist.destroy_process_group()
 
 
 # --- what goes wrong ---
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint_intact(monkeypatch):
+def test_a_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_intact(monkeypatch):
     update = train_all.update
 
-    def poison(job, model, optimizer, loss_sum, num_targets, step):
+    def poison(job, model, optimizer, sums, step):
         if step == 7:
             next(model.parameters()).grad[0] = float("nan")
-        return update(job, model, optimizer, loss_sum, num_targets, step)
+        return update(job, model, optimizer, sums, step)
 
     with monkeypatch.context() as patch:
         patch.setattr(train_all, "update", poison)
@@ -395,7 +547,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint_i
     assert last(DECODER)["finished"]
 
 
-def test_a_learning_rate_of_10_is_stopped_with_a_sentence():
+def test_a_learning_rate_of_10_is_stopped_in_one_sentence():
     """Norms and clipping keep it finite: it is stopped because its loss is ten times that of blind guessing."""
     with pytest.raises(FloatingPointError, match="diverged, the loss is [0-9.e+]+ at step .* LEARNING_RATE = 10"):
         train_all.train_one(DECODER._replace(learning_rate=10))
@@ -434,7 +586,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
-def test_a_write_that_breaks_off_leaves_the_checkpoint_before_it(monkeypatch):
+def test_an_interrupted_write_leaves_the_previous_checkpoint_intact(monkeypatch):
     train_and_stop(DECODER, monkeypatch, step=5)
     path = train_all.path_of(DECODER, "last.pt")
     before = path.read_bytes()
@@ -458,7 +610,7 @@ def test_a_write_that_breaks_off_leaves_the_checkpoint_before_it(monkeypatch):
     ({"learning_rate": 1e-4}, "LEARNING_RATE = 0.002, and now it is 0.0001"),
     ({"options": TINY | {"d_ff": 64}}, "D_FF = 32, and now it is 64"),
 ])
-def test_a_run_does_not_go_on_with_other_constants(change, named, monkeypatch):
+def test_a_run_does_not_resume_with_other_constants(change, named, monkeypatch):
     train_and_stop(DECODER, monkeypatch, step=5)
     before = train_all.path_of(DECODER, "last.pt").read_bytes()
     job = DECODER
@@ -471,7 +623,26 @@ def test_a_run_does_not_go_on_with_other_constants(change, named, monkeypatch):
     assert train_all.path_of(DECODER, "last.pt").read_bytes() == before
 
 
-def test_what_changes_only_the_speed_may_change_on_the_way(monkeypatch):
+@pytest.mark.parametrize("place, name", [
+    *(("decoder_only", name) for name in ("DROPOUT", "WARMUP_STEPS", "FINAL_LEARNING_RATE_RATIO", "WEIGHT_DECAY",
+                                          "GRAD_CLIP", "LOSS_ON_PROMPT")),
+    ("encoder_only", "MASK_PROBABILITY"),
+    *(("train_all", name) for name in ("SEED", "GLOBAL_BATCH_SIZE", "MICRO_BATCH_SIZE", "EVALUATE_EVERY",
+                                       "EARLY_STOPPING_PATIENCE", "COMPILE", "MIXED_PRECISION")),
+    *(("toy_dataset", name) for name in ("NUM_TRAIN", "NUM_VALIDATION")),
+])
+def test_every_constant_that_the_result_depends_on_is_compared(place, name, monkeypatch):
+    job = MASKED if place == "encoder_only" else DECODER
+    model = job.module.build_model(**job.options)
+    train_all.save_state(job, model, job.module.create_optimizer(model), {"step": 1, "history": []})
+    module = sys.modules[place]
+    other = {"COMPILE": True, "LOSS_ON_PROMPT": False, "MIXED_PRECISION": "bf16"}.get(name)
+    monkeypatch.setattr(module, name, getattr(module, name) + 1 if other is None else other)
+    with pytest.raises(InputError, match="and now it is"):
+        train_all.load_state(job, model)
+
+
+def test_constants_that_affect_only_speed_or_memory_may_change_before_resuming(monkeypatch):
     train_and_stop(DECODER, monkeypatch, step=5)
     for name, value in {"GRADIENT_CHECKPOINTING": True, "CHECKPOINT_EVERY": 7, "TEST_EVERYTHING": True}.items():
         monkeypatch.setattr(train_all, name, value)
@@ -487,20 +658,82 @@ def test_constants_that_cannot_work_are_refused_by_name(name, value, monkeypatch
         train_all.main()
 
 
-def test_more_processes_than_micro_batches_are_refused_with_what_works(monkeypatch):
-    monkeypatch.setattr(train_all, "WORLD_SIZE", 3)
+@pytest.mark.parametrize("processes", [3, 8, 14])
+def test_with_many_processes_each_has_a_micro_batch_in_every_step(processes, monkeypatch):
+    monkeypatch.setattr(train_all, "WORLD_SIZE", processes)
     train_all.check_constants([DECODER])
-    monkeypatch.setattr(train_all, "MICRO_BATCH_SIZE", 8)
-    with pytest.raises(InputError, match="3 processes cannot share .* MICRO_BATCH_SIZE = 8 to 2") as error:
+    plan = train_all.plan_batches(101, 2)
+    assert all(micros[rank::processes] and all(micros) for micros in plan for rank in range(processes))
+
+
+def test_more_processes_than_examples_in_a_step_are_refused_with_what_works(monkeypatch):
+    monkeypatch.setattr(train_all, "WORLD_SIZE", 20)
+    with pytest.raises(InputError, match="20 processes .* GLOBAL_BATCH_SIZE = 16 to 40") as error:
         train_all.check_constants([DECODER])
-    monkeypatch.setattr(train_all, "MICRO_BATCH_SIZE", int(re.search(r" to (\d+)", str(error.value))[1]))
+    monkeypatch.setattr(train_all, "GLOBAL_BATCH_SIZE", int(re.search(r" to (\d+)", str(error.value))[1]))
     train_all.check_constants([DECODER])
+
+
+def test_a_run_does_not_resume_on_more_processes_than_a_step_has_micro_batches(monkeypatch):
+    """They would need smaller micro-batches, with other masks and dropout."""
+    train_and_stop(DECODER, monkeypatch, step=5)
+    monkeypatch.setattr(train_all, "WORLD_SIZE", 5)
+    with pytest.raises(InputError, match="micro-batches per step .* one per process.* = 4, and now it is 5"):
+        train_all.load_state(DECODER, decoder_only.build_model(**DECODER.options))
+
+
+@pytest.mark.parametrize("variables, named", [({"RANK": "1", "WORLD_SIZE": "2"}, "without MASTER_ADDR, MASTER_PORT"),
+                                              ({"WORLD_SIZE": "4"}, "without RANK, MASTER_ADDR, MASTER_PORT"),
+                                              ({"RANK": "1"}, "RANK = 1 and WORLD_SIZE = 1 are set without WORLD")])
+def test_half_of_a_launchers_variables_is_refused(variables, named, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setattr(train_all, name, int(value))
+    with pytest.raises(InputError, match=named):
+        train_all.main()
+
+
+def fake_gpus(monkeypatch, count: int, local_rank: int) -> list:
+    """A machine with GPUs, as far as start_processes can see. Returns the list of what it does."""
+    done = []
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(train_all, "RANK", 3)
+    monkeypatch.setattr(train_all, "WORLD_SIZE", 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: done.append(gpu))
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(None, 3, 4)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: done.append(backend))
+    return done
+
+
+def test_each_process_takes_the_gpu_of_its_local_rank(monkeypatch):
+    done = fake_gpus(monkeypatch, count=2, local_rank=1)
+    train_all.start_processes()
+    assert done == ["nccl", 1]
+
+
+def test_more_processes_than_gpus_are_refused_with_what_works(monkeypatch):
+    fake_gpus(monkeypatch, count=2, local_rank=2)
+    with pytest.raises(InputError, match="2 GPU.* --nproc-per-node=2"):
+        train_all.start_processes()
+
+
+def test_a_checkpoint_that_rank_0_does_not_have_is_refused(monkeypatch):
+    train_all.train_one(DECODER)
+    monkeypatch.setattr(train_all, "RANK", 1)
+    with pytest.raises(InputError, match="a file system that all machines share"):
+        train_all.start_or_resume(DECODER)
 
 
 # --- the final test ---
 
 
-def test_testing_everything_asks_for_all_numbers_but_those_trained_on(monkeypatch, capsys):
+def test_testing_everything_leaves_out_training_and_validation_numbers(monkeypatch, capsys):
     monkeypatch.setattr(train_all, "TEST_EVERYTHING", True)
     monkeypatch.setattr(train_all, "MAX_DIGITS", 2)
     monkeypatch.setattr(toy_dataset, "make_splits", lambda: Splits(list(range(60)), [60], [61]))
@@ -508,14 +741,14 @@ def test_testing_everything_asks_for_all_numbers_but_those_trained_on(monkeypatc
     state = train_all.train_one(job)
     train_all.show_results([job], [state])
     printed = capsys.readouterr().out
-    assert "on all 40 numbers that were not trained on" in printed
+    assert "on all 39 held-out numbers" in printed  # 61 to 99: not those that chose the best weights
     model = train_all.load_best(job)
-    wrong = sum("WRONG" in line for line in job.module.answer(model, list(range(60, 100))))
+    wrong = sum("WRONG" in line for line in job.module.answer(model, list(range(61, 100))))
     row = next(line for line in printed.splitlines() if line.startswith("  encoder_decoder ") and "%" in line)
-    assert int(row.split()[-1]) == wrong and row.split()[-2] == f"{1 - wrong / 40:.4%}"
+    assert int(row.split()[-1]) == wrong and row.split()[-2] == f"{1 - wrong / 39:.4%}"
 
 
-def test_the_first_mistakes_are_shown_with_what_is_right(capsys):
+def test_the_first_mistakes_are_shown_with_the_correct_answers(capsys):
     job = TRANSLATOR._replace(num_epochs=1)
     train_all.show_results([job], [train_all.train_one(job)])
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
@@ -535,7 +768,7 @@ def undisturbed(tmp_path_factory):
 
 def test_the_script_prints_a_plan_a_bar_and_one_table(undisturbed):
     folder, printed, errors = undisturbed
-    for word in ("PLAN", "parameters", "steps", "held-out", "RESULTS, on 100 numbers", "exact"):
+    for word in ("PLAN", "parameters", "steps", "validation: loss", "RESULTS, on 100 held-out numbers", "exact"):
         assert word in printed
     assert printed.index("PLAN") < printed.index("encoder_only: ") < printed.index("RESULTS")
     for word in ("loss", "lr", "gradient", "tokens/s"):
@@ -554,7 +787,7 @@ def test_the_architecture_file_answers_with_the_weights_that_were_trained(undist
     assert done.stdout.count("342 -> ") == 2 and "TEST" not in done.stdout
 
 
-def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed, tmp_path):
+def test_killed_at_random_moments_and_resumed_it_ends_like_an_uninterrupted_run(undisturbed, tmp_path):
     """Up to three kills (a run on a fast machine may finish before the third); tests/kill_train_all.py does twenty."""
     expected = kill_train_all.files_of(undisturbed[0])
     folder = kill_train_all.small_copy(tmp_path / "killed")
@@ -568,7 +801,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(undisturbed, tm
     assert kill_train_all.differences(kill_train_all.files_of(folder), expected) == []
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_going_on_loses_nothing(undisturbed, tmp_path):
+def test_ctrl_c_saves_and_resuming_loses_nothing(undisturbed, tmp_path):
     folder = kill_train_all.small_copy(tmp_path / "stopped", CHECKPOINT_EVERY=1000)
     process = kill_train_all.start(folder)
     while not (line := process.stdout.readline()).startswith("  step     10"):
@@ -583,22 +816,86 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_loses_nothing(undisturbed, 
     assert kill_train_all.differences(kill_train_all.files_of(folder), kill_train_all.files_of(undisturbed[0])) == []
 
 
-def test_two_processes_reach_what_one_reaches_and_only_one_of_them_prints_and_writes(undisturbed, tmp_path):
-    """The same dropout, masks and order, so after 57 steps only the order of additions may tell: 1e-4."""
-    folder = kill_train_all.small_copy(tmp_path / "two")
+# --- on two processes, as any launcher starts them: torchrun, or a shell that sets torch.distributed's variables ---
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
+
+
+def run_two(folder: Path) -> list[tuple[int, str, str]]:
+    """Start train_all.py twice, by hand. Returns exit status, output and stderr of rank 0 and of rank 1."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = [kill_train_all.start(folder, **variables, RANK=str(rank)) for rank in range(2)]
+    try:
+        printed = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(processes, printed)]
+
+
+def insert(folder: Path, before: str, code: str) -> None:
+    """Insert code into the train_all.py in a folder, before a piece of it that stands there once."""
     script = folder / "train_all.py"
-    trap = "\n\nif RANK == 1:\n    os.replace = torch.save = None  # who writes, crashes\n\n\ndef say("
-    assert script.read_text().count("\n\n\ndef say(") == 1
-    script.write_text(script.read_text().replace("\n\n\ndef say(", trap))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone")
-    printed, errors = kill_train_all.run(folder, *torchrun)
-    assert "on 2 x cpu" in printed and "Traceback" not in errors
+    assert script.read_text().count(before) == 1
+    script.write_text(script.read_text().replace(before, code + before))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The script, run once on two processes: its folder, and what run_two returns."""
+    folder = kill_train_all.small_copy(tmp_path_factory.mktemp("train_all") / "two")
+    insert(folder, "\n\n\ndef say(", "\n\n\nif RANK == 1:\n    os.replace = torch.save = None  # who writes, crashes")
+    return folder, run_two(folder)
+
+
+def test_two_processes_reach_what_one_reaches_and_only_one_of_them_prints_and_writes(undisturbed, two_processes):
+    """The same dropout, masks and order, so after 57 steps only the order of additions may tell: 1e-4."""
+    folder, [(status, printed, errors), silent] = two_processes
+    assert status == 0 and "on 2 x cpu" in printed and "Traceback" not in errors
+    assert silent == (0, "", "")
     assert printed.count("PLAN") == 1 == printed.count("RESULTS")
     assert printed.count("  step     10") == undisturbed[1].count("  step     10") == 3
     ours, expected = kill_train_all.files_of(folder), kill_train_all.files_of(undisturbed[0])
     assert ours.keys() == expected.keys()
-    path = Path("checkpoints/train_all/encoder_only_last.pt")
-    assert_close(ours[path]["weights"], expected[path]["weights"])
-    for one, two in zip(expected[path]["history"][:50], ours[path]["history"][:50]):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    for name in ("encoder_only", "encoder_only_tagging", "encoder_only_counting"):
+        path = Path(f"checkpoints/train_all/{name}_last.pt")
+        assert_close(ours[path]["weights"], expected[path]["weights"])
+        for one, two in zip(expected[path]["history"], ours[path]["history"]):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
+
+
+def test_under_torchrun_ctrl_c_and_sigterm_save_and_resuming_loses_nothing(two_processes, tmp_path):
+    """SIGTERM reaches one process only, as where a cluster takes back one of two machines: both must stop."""
+    folder = kill_train_all.small_copy(tmp_path / "stopped", CHECKPOINT_EVERY=1000)
+    process = kill_train_all.start(folder, *TORCHRUN)
+    while not (line := process.stdout.readline()).startswith("  step     10"):
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=100)
+    path = folder / "checkpoints" / "train_all" / "encoder_only_last.pt"
+    step = torch.load(path, weights_only=True)["step"]
+    assert process.returncode != 0 and f"Saved after step {step} of 57" in printed and 10 <= step < 40
+    assert errors.count("Stopped.") == 1
+    whole = (folder / "train_all.py").read_text()
+    insert(folder, "    model.zero_grad()\n",
+           "    if RANK == 1 and step == 45:\n        signal.raise_signal(signal.SIGTERM)\n")
+    [(status, printed, errors), other] = run_two(folder)
+    assert f"resuming from step {step}" in printed and "Saved after step 46 of 57" in printed
+    assert status == other[0] == 130
+    (folder / "train_all.py").write_text(whole)
+    assert [status for status, *_ in run_two(folder)] == [0, 0]
+    differences = kill_train_all.differences(kill_train_all.files_of(folder), kill_train_all.files_of(two_processes[0]))
+    assert differences == []
+
+
+def test_an_error_on_one_process_is_one_sentence_with_its_rank_and_ends_all(tmp_path):
+    folder = kill_train_all.small_copy(tmp_path / "failing")
+    insert(folder, "    model.zero_grad()\n", "    if RANK == 1 and step == 2:\n        raise InputError('no luck.')\n")
+    outcomes = run_two(folder)
+    assert [status for status, *_ in outcomes] == [1, 1]
+    sentences = [line for _, _, errors in outcomes for line in errors.splitlines() if line.strip() and "%|" not in line]
+    assert sentences == ["rank 1: train_all.py: no luck."]
