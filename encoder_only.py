@@ -105,7 +105,9 @@ TASKS = {  # what each kind of model is trained on: one number, made into an exa
     "masked_lm": toy_dataset.masked_lm_example,
     "tagging": toy_dataset.tagging_example,
     "counting": toy_dataset.counting_example,
+    "matching": toy_dataset.matching_example,
 }
+NUM_CLASSES = {"tagging": MAX_DIGITS, "counting": MAX_WORDS, "matching": 2}  # of the fine-tuning tasks
 
 # ======================================================================================================
 # THE MODEL, bottom up
@@ -291,12 +293,11 @@ class EncoderOnlyTransformer(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         # Pre-norm layers never normalize the residual stream itself, hence the final norm.
         self.final_norm = nn.LayerNorm(d_model)
-        # The heads are all that is new in fine-tuning; masked_lm needs none of its own (see forward).
-        if task == "tagging":
-            self.head = nn.Linear(d_model, MAX_DIGITS)
-        if task == "counting":
+        # The head is all that is new in fine-tuning; masked_lm has none of its own (see forward).
+        if task in ("counting", "matching"):
             self.pooler = nn.Linear(d_model, d_model)
-            self.head = nn.Linear(d_model, MAX_WORDS)
+        if task != "masked_lm":
+            self.head = nn.Linear(d_model, NUM_CLASSES[task])
         self.apply(init_weights)
 
     def embed(self, ids, positions):
@@ -319,10 +320,10 @@ class EncoderOnlyTransformer(nn.Module):
         x = self.encode(ids, attention_maps)                                            # (B, T, C)
         if self.task == "tagging":
             return self.head(x)                                                         # (B, T, MAX_DIGITS)
-        if self.task == "counting":
-            # <CLS> stands for no word of its own: free to gather what the question needs. Its vector alone is used, so
-            # padding can't leak in, as it would in a mean over all positions that forgets to leave it out.
-            return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, MAX_WORDS)
+        if self.task in ("counting", "matching"):
+            # <CLS> is no word, so its vector is free to represent the whole sequence. BERT's pooler, a layer with a
+            # tanh, lets the head separate classes that no linear function of that vector does, and bounds its input.
+            return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, classes)
         # logits = x E^T: a token's logit is the output's dot product with its embedding. Input and output share one
         # table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
         return F.linear(x, self.embedding.weight)                                       # (B, T, V)
@@ -349,30 +350,31 @@ def init_weights(module: nn.Module) -> None:
 
 
 def mask_tokens(ids, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hide some tokens, BERT's way (Devlin et al. 2019, section 3.1, appendix A). ids (B, T) -> (corrupted, targets).
+    """Corrupt some tokens as BERT does (Devlin et al. 2019, section 3.1, appendix A). ids (B, T) -> (corrupted, targets).
 
-    Each digit and word is chosen with MASK_PROBABILITY; special tokens never are. Of the chosen,
+    Each digit and word is chosen with MASK_PROBABILITY; special tokens never are. Of the chosen tokens,
         80% become <MASK>,
-        10% become a random digit or word: so that no token can be trusted unchecked,
-        10% stay as they are: so that it need not distrust all. With <MASK> alone the model would learn to describe
-            masks only, and in fine-tuning there are none.
-    targets holds the original where a token was chosen and IGNORE elsewhere: only what was hidden is asked for.
+        10% become a random digit or word, so that visible tokens are not always correct,
+        10% stay unchanged, so that they usually are. With <MASK> alone, unmasked positions would never carry a loss,
+            and fine-tuning has no masks.
+    targets holds the original token where one was chosen and IGNORE elsewhere: the loss covers only the chosen tokens.
 
-    It is drawn anew for each batch, so a text is never hidden twice in the same way. generator: to draw from (on the
-    CPU, so that every device hides the same), in place of the global one.
+    Drawn anew for each batch (dynamic masking), so a text is rarely masked the same way twice. generator: to draw from,
+    in place of the global one (on the CPU, so that every device masks the same tokens).
     """
-    chance, kind = torch.rand(2, *ids.shape, generator=generator).to(ids.device)
+    chance, kind = torch.rand(2, *ids.shape, generator=generator).to(ids.device)        # (B, T) each, in [0, 1)
     others = torch.randint(len(SPECIAL_TOKENS), len(VOCABULARY), ids.shape, generator=generator).to(ids.device)
-    chosen = (ids >= len(SPECIAL_TOKENS)) & (chance < MASK_PROBABILITY)                 # (B, T)
-    corrupted = ids.masked_fill(chosen & (kind < 0.8), MASK_ID)
-    corrupted = torch.where(chosen & (kind >= 0.9), others, corrupted)
+    chosen = (ids >= len(SPECIAL_TOKENS)) & (chance < MASK_PROBABILITY)                 # (B, T), boolean
+    hide = chosen & (kind < 0.8)
+    replace = chosen & (kind >= 0.8) & (kind < 0.9)
+    corrupted = torch.where(replace, others, ids.masked_fill(hide, MASK_ID))            # (B, T)
     return corrupted, ids.masked_fill(~chosen, IGNORE)
 
 
 def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, task="masked_lm", num_train=None) -> toy_dataset.Splits:
-    """Training, validation and test batches of {"ids" (B, T)} and, by task, {"places" (B, T)} or {"count" (B)}.
+    """Training, validation and test batches of {"ids" (B, T)} and, by task, "places" (B, T), "count" (B) or "match" (B).
 
-    num_train: learn from so many of the training numbers only.
+    num_train: use only so many of the training numbers.
     """
     return toy_dataset.make_dataloaders(TASKS[task], batch_size, seed, num_train)
 
@@ -380,8 +382,9 @@ def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, task="masked_lm", num_t
 def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's logits for a batch (B, T, classes), and the targets that they are meant to hit (B, T).
 
-    In counting T is 1, the one answer at <CLS>. The masked LM's tokens are hidden here, unless the batch brings its own
-    "targets": then they were hidden by whoever made it. generator: see mask_tokens.
+    T is 1 in counting and matching, the one answer at <CLS>. For masked language modeling the tokens are masked here;
+    a batch that was masked by its maker (compare_architectures.py masks whole names) brings "targets", and is taken as
+    it is. generator: see mask_tokens.
     """
     device = next(model.parameters()).device
     ids = batch["ids"].to(device)
@@ -389,6 +392,8 @@ def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
         return model(ids), batch["places"].to(device)
     if "count" in batch:
         return model(ids), batch["count"][:, None].to(device)
+    if "match" in batch:
+        return model(ids), batch["match"][:, None].to(device)
     if "targets" in batch:
         return model(ids), batch["targets"].to(device)
     corrupted, targets = mask_tokens(ids, generator)
@@ -599,39 +604,53 @@ def parse_text(text: str) -> list[int]:
 
 
 def fill_in(model, texts: list[str]) -> list[str]:
-    """Each text with its masks filled in, what was filled in in brackets."""
-    prompts = [parse_text(text) for text in texts]
-    filled = generate(model, prompts)
-    return [" ".join(f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, to_tokens(ids.tolist()))
-                     if i != CLS_ID).removesuffix(" <SEP>") for prompt, ids in zip(prompts, filled)]
+    """Each text with its masks filled in, the predicted tokens in brackets."""
+    lines = []
+    for text in texts:
+        prompt = parse_text(text)
+        tokens = to_tokens(generate(model, [prompt])[0].tolist())
+        tokens = [f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, tokens)]
+        lines.append(" ".join(tokens[1:-1]))  # without <CLS> and the last <SEP>, as it was typed
+    return lines
 
 
 @torch.inference_mode()
 def answer(model, numbers: list[int]) -> list[str]:
-    """What the model says to each number, by its task; wrong answers are marked, with what would have been right."""
+    """The model's prediction for each number, by its task; wrong ones are marked, with the correct answer."""
     lines = []
     was_training = model.training
     model.eval()
     for number in numbers:  # one at a time: a few to look at
-        if model.task == "masked_lm":  # hide the middle word of the name
-            words = number_to_words(number)
-            hidden = len(words) // 2
-            truth = " ".join([*str(number), "<SEP>", *words[:hidden], f"[{words[hidden]}]", *words[hidden + 1:]])
-            said = fill_in(model, [truth.replace(f"[{words[hidden]}]", "<MASK>")])[0]
-            lines.append(said + ("" if said == truth else f"\n    WRONG: [{words[hidden]}]"))
-            continue
-        batch = toy_dataset.pad_batch([TASKS[model.task](number)])
-        logits, targets = predict(model, batch)
-        said, truth = ([describe_label(model.task, label) for label in labels[targets[0] != IGNORE].tolist()]
-                       for labels in (logits[0].argmax(dim=-1), targets[0]))
-        lines.append(f"{number} -> {', '.join(said)}" + ("" if said == truth else f"\n    WRONG: {', '.join(truth)}"))
+        said, truth = (answer_masked_lm if model.task == "masked_lm" else answer_fine_tuned)(model, number)
+        lines.append(said if said == truth else f"{said}\n    WRONG: {truth.rpartition(' -> ')[2]}")
     model.train(was_training)
     return lines
 
 
+def answer_masked_lm(model, number: int) -> tuple[str, str]:
+    """The text of a number, the middle word of its name masked and predicted; and what is correct."""
+    words = number_to_words(number)
+    middle = len(words) // 2
+    truth = " ".join([*str(number), "<SEP>", *words[:middle], f"[{words[middle]}]", *words[middle + 1:]])
+    return fill_in(model, [truth.replace(f"[{words[middle]}]", "<MASK>")])[0], truth
+
+
+def answer_fine_tuned(model, number: int) -> tuple[str, str]:
+    """The labels that the model predicts for a number, in words; and the correct ones."""
+    batch = toy_dataset.pad_batch([TASKS[model.task](number)])
+    logits, targets = predict(model, batch)                                             # (1, T, classes), (1, T)
+    asked = targets != IGNORE
+    question = " ".join(to_tokens(batch["ids"][0].tolist())[1:-1]) if model.task == "matching" else str(number)
+    said, truth = (f"{question} -> " + ", ".join(describe_label(model.task, label) for label in labels[asked].tolist())
+                   for labels in (logits.argmax(dim=-1), targets))
+    return said, truth
+
+
 def describe_label(task: str, label: int) -> str:
     """A class, in words."""
-    return PLACES[label] if task == "tagging" else f"{label + 1} words"
+    names = {"tagging": PLACES, "counting": [f"{n} words" for n in range(1, MAX_WORDS + 1)],
+             "matching": ["different numbers", "the same number"]}
+    return names[task][label]
 
 
 # ======================================================================================================

@@ -261,6 +261,29 @@ def counting_example(number: int) -> dict:
     return {"ids": to_ids(["<CLS>", *str(number), "<SEP>"]), "count": len(number_to_words(number)) - 1}
 
 
+def matching_example(number: int) -> dict:
+    """Sentence-pair classification: do the digits (sentence A) and the name (sentence B) stand for the same number?
+
+    ids      <CLS> 3 2 4 <SEP> three hundred forty two <SEP>
+    match    0                                    (class 0: no, class 1: yes)
+
+    Half of the pairs match, on average. In the others one digit is replaced, or two digits are exchanged, which leaves
+    the bag of tokens as it is: only the order reveals it (the idea of PAWS, Zhang et al. 2019). The name is always that
+    of `number`, so pairs from different splits are different pairs.
+    """
+    rng = random.Random(number)  # the same pair for the same number, every time
+    match, other = rng.randrange(2), number
+    while not match and (other == number or len(str(other)) < len(str(number))):  # unchanged, or with a leading zero
+        digits = list(str(number))
+        i, j = rng.randrange(len(digits)), rng.randrange(len(digits))
+        if rng.randrange(2):
+            digits[i] = rng.choice(DIGITS)
+        else:
+            digits[i], digits[j] = digits[j], digits[i]
+        other = int("".join(digits))
+    return {"ids": to_ids(["<CLS>", *str(other), "<SEP>", *number_to_words(number), "<SEP>"]), "match": match}
+
+
 def decoder_only_example(number: int, loss_on_prompt: bool = True) -> dict:
     """One sequence, as in GPT: the target of each position is the next token.
 
