@@ -28,6 +28,7 @@ architecture, and a padded batch with its mask. To experiment, change a constant
 
 import random
 import sys
+from collections import defaultdict
 from functools import cache
 from typing import NamedTuple
 
@@ -371,6 +372,54 @@ def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | 
         DataLoader(validation, batch_size=1000, collate_fn=pad_batch),
         DataLoader(test, batch_size=1000, collate_fn=pad_batch),
     )
+
+
+# ======================================================================================================
+# SUMS OVER ALL NUMBERS: for what the best possible model would reach
+# ======================================================================================================
+
+
+def log_sum_over_numbers(scores: torch.Tensor, num_digits: int) -> torch.Tensor:
+    """log of the sum, over the texts x of numbers of num_digits digits, of exp(sum over positions j of scores[j, x_j]).
+
+    scores (B, T, V) -> (B). A text is `<CLS> digits <SEP> words <SEP>` (masked_lm_example), with T tokens in all.
+
+    Not a million terms: a name is made group by group (ninety thousand | two hundred ten), and the groups share nothing
+    but their positions, given by the number of words before. So the sum is over each group's 1,000 values, for each
+    number of words before it: dynamic programming, as in the forward algorithm of hidden Markov models.
+    """
+    num_words = scores.size(1) - num_digits - 3  # <CLS> and two <SEP>
+    sums = {0: scores.new_zeros(len(scores))}    # number of words so far -> log of the sum over the groups so far, (B)
+    for start, end, values in digit_groups(num_digits):
+        terms = defaultdict(list)
+        for before, log_sum in sums.items():
+            first = 2 + num_digits + before                                             # position of the next word
+            for count, tokens in values.items():                                        # (N, digits + count)
+                if before + count <= num_words:
+                    positions = [*range(1 + start, 1 + end), *range(first, first + count)]
+                    total = scores[:, positions, tokens].sum(dim=-1)                    # (B, N)
+                    terms[before + count].append(log_sum + total.logsumexp(dim=1))
+        sums = {words: torch.stack(logs).logsumexp(dim=0) for words, logs in terms.items()}
+    return sums[num_words]
+
+
+@cache
+def digit_groups(num_digits: int) -> list[tuple[int, int, dict[int, torch.Tensor]]]:
+    """The digits that are named together, three at most: where they start and end, and their possible values.
+
+    The values are given by number of words, as ids (N, digits + words): with two words, `2 0 0 two hundred` among them.
+    """
+    groups, start = [], 0
+    while start < num_digits:
+        end = start + (num_digits - start - 1) % 3 + 1
+        lowest = 10 ** (end - 1) if start == 0 and num_digits > 1 else 0  # no leading zeros
+        rows = defaultdict(list)
+        for value in range(lowest, 10 ** (end - start)):
+            words = number_to_words(value * 10 ** (num_digits - end)) if value or num_digits == 1 else []
+            rows[len(words)].append(to_ids([*str(value).zfill(end - start), *words]))
+        groups.append((start, end, {count: torch.tensor(ids) for count, ids in rows.items()}))
+        start = end
+    return groups
 
 
 # ======================================================================================================
