@@ -829,7 +829,8 @@ class BayesOptimalPredictor(nn.Module):
 
     Some masked tokens cannot be known, such as a digit whose word is masked too. How many, and what do they cost? The
     language can be enumerated, so Bayes' rule answers. For a corrupted text c, and the text x of each number with as
-    many digits and words (neither count is masked, and all numbers of a length are equally likely):
+    many digits and words (neither count is masked, and all numbers of a length are equally likely; that the training
+    numbers among them are never tested is not used):
 
         P(x | c)  is proportional to  P(c | x)  =  product over positions j of P(c_j | x_j)
 
@@ -901,7 +902,8 @@ def describe_floor(dataset) -> str:
     """What the best possible predictor reaches on these numbers, with the masks that evaluate draws, as text."""
     batches = [toy_dataset.pad_batch(dataset.examples[i:i + 1000]) for i in range(0, len(dataset), 1000)]
     best = evaluate(BayesOptimalPredictor(), batches)
-    return f"{best['loss']:.3f} for the best possible predictor, which predicts {best['accuracy']:.2%} of the tokens"
+    return (f"{best['loss']:.3f} for the best possible predictor\n"
+            f"  (its masked-token accuracy: {best['accuracy']:.2%}; exact match: {best['exact_match']:.2%})")
 
 
 def checkpoint_of(task: str) -> Path:
@@ -1014,8 +1016,8 @@ def train_and_test() -> dict:
     found = evaluate(pretrained, loaders.test)
     models = {"masked_lm": pretrained}
     numbers = loaders.test.dataset.numbers
-    print(f"\nTEST on {len(numbers):,} held-out numbers: {found['accuracy']:.2%} masked-token accuracy, loss "
-          f"{found['loss']:.4f}\n  ({describe_floor(loaders.test.dataset)})")
+    print(f"\nTEST on {len(numbers):,} held-out numbers: {found['accuracy']:.2%} masked-token accuracy\n"
+          f"  Loss: {found['loss']:.3f}, and {describe_floor(loaders.test.dataset)}")
     for task in NUM_CLASSES:
         print(f"\nFINE-TUNING: {task}, {toy_dataset.NUM_TRAIN:,} labeled numbers")
         loaders = create_dataloaders(task=task)

@@ -265,7 +265,7 @@ def counting_example(number: int) -> dict:
 def matching_example(number: int) -> dict:
     """Sentence-pair classification: do the digits (sentence A) and the name (sentence B) stand for the same number?
 
-    ids      <CLS> 3 2 4 <SEP> three hundred forty two <SEP>
+    ids      <CLS> 2 4 3 <SEP> three hundred forty two <SEP>
     match    0                                    (class 0: no, class 1: yes)
 
     Half of the pairs match, on average. In the others one digit is replaced, or two digits are exchanged, which leaves
@@ -498,6 +498,10 @@ def main():
         row("ids", example["ids"])
         print("    places  " + " ".join("-" if p == IGNORE else PLACES[p] for p in example["places"]))
         print(f"    count   {counting_example(number)['count'] + 1}")
+        print("   encoder-only, matching: do the digits and the name stand for the same number?")
+        example = matching_example(number)
+        row("ids", example["ids"])
+        print(f"    match   {['no', 'yes'][example['match']]}")
         print("   decoder-only: each position predicts the next token")
         for field, ids in decoder_only_example(number).items():
             row(field, ids)
