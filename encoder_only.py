@@ -637,7 +637,7 @@ def answer(model, numbers: list[int]) -> list[str]:
     model.eval()
     for number in numbers:  # one at a time: a few to look at
         said, truth = (answer_masked_lm if model.task == "masked_lm" else answer_fine_tuned)(model, number)
-        lines.append(said if said == truth else f"{said}\n    WRONG: {truth}")
+        lines.append(said if said == truth else f"{said}\n    WRONG: {truth.rpartition(' -> ')[2]}")
     model.train(was_training)
     return lines
 
@@ -664,7 +664,9 @@ def describe_labels(task: str, labels: list[int]) -> str:
     """Classes, in words."""
     if task == "tagging":
         return ", ".join(PLACES[label] for label in labels)
-    return f"{labels[0] + 1} words" if task == "counting" else ["different numbers", "the same number"][labels[0]]
+    if task == "counting":
+        return f"{labels[0] + 1} word" + "s" * (labels[0] > 0)
+    return ["different numbers", "the same number"][labels[0]]
 
 
 # ======================================================================================================
@@ -829,8 +831,8 @@ class BayesOptimalPredictor(nn.Module):
 
     Some masked tokens cannot be known, such as a digit whose word is masked too. How many, and what do they cost? The
     language can be enumerated, so Bayes' rule answers. For a corrupted text c, and the text x of each number with as
-    many digits and words (neither count is masked, and all numbers of a length are equally likely; that the training
-    numbers among them are never tested is not used):
+    many digits and words (masking hides neither count, and all numbers of a length are equally likely; to exclude the
+    training numbers would be cheating):
 
         P(x | c)  is proportional to  P(c | x)  =  product over positions j of P(c_j | x_j)
 
@@ -912,15 +914,18 @@ def checkpoint_of(task: str) -> Path:
 
 
 def show_pretraining_gain(pretrained) -> None:
-    """Test accuracy after fine-tuning from pretrained and from random weights, by number of labeled examples."""
-    num_steps, batch_size, rates = max(1, FINE_TUNING_STEPS // 2), max(1, BATCH_SIZE // 2), (5e-4, 1e-3)
-    print("\nTHE EFFECT OF PRETRAINING: exact match in % on 2,000 held-out numbers, by number of labels.\n"
-          f"Mean of three seeds (lowest-highest), {num_steps} steps of {batch_size}, learning rate {rates[0]:g} or "
-          f"{rates[1]:g},\nwhichever is better on validation numbers\n\n{'':16}"
-          + "".join(f"{n:>18,} " for n in NUM_LABELS))
+    """Test accuracy after fine-tuning from random and from pretrained weights, by number of labeled examples."""
+    num_steps, batch_size = max(1, FINE_TUNING_STEPS // 2), max(1, BATCH_SIZE // 2)
+    rates = (FINE_TUNING_LEARNING_RATE / 2, FINE_TUNING_LEARNING_RATE)
+    matches = fmean(toy_dataset.matching_example(number)["match"] for number in toy_dataset.make_splits().test[:2000])
+    print("\nTHE EFFECT OF PRETRAINING: exact match on 2,000 held-out numbers, mean of three seeds (lowest to\n"
+          f"highest). {num_steps} steps of {batch_size}, learning rate {rates[0]:g} or {rates[1]:g}: the better on "
+          f"validation numbers.\nChance, in matching: {max(matches, 1 - matches):.1%}\n\n"
+          f"  {'task':10}{'labels':>8}{'from scratch':>26}{'pretrained':>26}")
     bar = tqdm(desc="fine-tuning", ascii=True, ncols=95, mininterval=0.5)
 
     def accuracies(start, loaders, task) -> list[float]:
+        """By seed, with the learning rate that is better for the first of them."""
         def tune(seed, rate):
             torch.manual_seed(seed)                     # the initial weights
             loaders.train.generator.manual_seed(seed)   # the order of the examples
@@ -928,32 +933,18 @@ def show_pretraining_gain(pretrained) -> None:
 
         models = {rate: tune(SEED, rate) for rate in rates}
         best = max(rates, key=lambda rate: evaluate(models[rate], loaders.validation)["exact_match"])
-        return [100 * evaluate(model, islice(loaders.test, 2))["exact_match"]
+        return [evaluate(model, islice(loaders.test, 2))["exact_match"]
                 for model in (models[best], tune(SEED + 1, best), tune(SEED + 2, best))]
 
-    for task in ("matching", "tagging", "counting"):
-        sizes = NUM_LABELS if task == "matching" else NUM_LABELS[::2]  # for the contrast, every other size is enough
-        results = {}
+    for task, sizes in (("matching", NUM_LABELS), ("tagging", NUM_LABELS[::2]), ("counting", NUM_LABELS[::2])):
         for n in sizes:
             loaders = create_dataloaders(batch_size, SEED, task, n)
-            results["from scratch", n] = accuracies(None, loaders, task)
-            results["pretrained", n] = accuracies(pretrained, loaders, task)
-        bar.write(f"  {task}")
-        for name, other in (("from scratch", "pretrained"), ("pretrained", "from scratch")):
-            line = f"    {name:12}"
-            for n in NUM_LABELS:
-                if n in sizes:
-                    own = results[name, n]
-                    line += f"{f'{fmean(own):.1f} ({min(own):.1f}-{max(own):.1f})':>18}"
-                    line += "*" if min(own) > max(results[other, n]) else " "
-                else:
-                    line += " " * 19
-            bar.write(line.rstrip())
-        if task == "matching":
-            matches = fmean(label for batch in islice(loaders.test, 2) for label in batch["match"].tolist())
-            bar.write(f"    chance      {100 * max(matches, 1 - matches):18.1f}")
+            scratch, tuned = accuracies(None, loaders, task), accuracies(pretrained, loaders, task)
+            apart = min(tuned) > max(scratch) or min(scratch) > max(tuned)
+            bar.write(f"  {task:10}{n:>8,}" + "".join(f"{f'{fmean(x):.1%} ({min(x):.1%} to {max(x):.1%})':>26}"
+                                                      for x in (scratch, tuned)) + "  *" * apart)
     bar.close()
-    print("  * all three seeds above all three of the other start\n"
+    print("  * the seeds' ranges do not overlap\n"
           "  Matching compares digits with words, and so does predicting a masked word from the digits. Tagging\n"
           "  and counting read digits alone; these are random, so predicting them teaches nothing about them.")
 
@@ -961,17 +952,17 @@ def show_pretraining_gain(pretrained) -> None:
 @torch.inference_mode()
 def show_neighbors(models: dict) -> None:
     """Search: the held-out numbers most similar to a number, by the cosine of their <CLS> vectors."""
-    queries, numbers = [100, 342, 90210, 600006], toy_dataset.make_splits().test[:2000]
+    queries, numbers = EXAMPLES[::3], toy_dataset.make_splits().test[:2000]
     print(f"\nNEAREST NEIGHBORS among {len(numbers):,} held-out numbers, by the cosine of <CLS> vectors")
     for task in ("masked_lm", "counting"):
         ids = toy_dataset.pad_batch([TASKS[task](number) for number in queries + numbers])["ids"].to(get_device())
-        vectors = F.normalize(models[task].encode(ids)[:, 0], dim=-1)                   # (queries + numbers, C)
+        vectors = F.normalize(models[task].eval().encode(ids)[:, 0], dim=-1)            # (queries + numbers, C)
         similarity = vectors[: len(queries)] @ vectors[len(queries):].T                 # (queries, numbers)
         for query, cosines, nearest in zip(queries, *(best.tolist() for best in similarity.topk(4, dim=1))):
             print(f"  {task:10}{query:>7}: "
                   + ", ".join(f"{numbers[i]} ({cosine:.3f})" for cosine, i in zip(cosines, nearest)))
-    print("  Pretraining puts no loss on <CLS>; a fine-tuned <CLS> represents what its task needs, and no more\n"
-          "  (encoders for search are fine-tuned for similarity: Reimers & Gurevych 2019, Sentence-BERT).")
+    print("  Pretraining puts no loss on <CLS>, and counting shapes it for counting. Encoders for search are\n"
+          "  fine-tuned for similarity (Reimers & Gurevych 2019, Sentence-BERT).")
 
 
 def show_mask_predict(model, counter) -> None:
@@ -981,7 +972,7 @@ def show_mask_predict(model, counter) -> None:
     prompts = [to_ids(["<CLS>", *str(number), "<SEP>"]) for number in numbers]
     with torch.inference_mode():
         batch = toy_dataset.pad_batch([TASKS["counting"](number) for number in numbers])
-        labels = predict(counter, batch)[0].argmax(dim=-1)                              # (B, 1)
+        labels = predict(counter.eval(), batch)[0].argmax(dim=-1)                       # (B, 1)
     true_lengths = [len(name) for name in names]
     predicted_lengths = [label + 1 for label in labels.flatten().tolist()]
     print("\nMASK-PREDICT: generation with a model trained to fill gaps. Exact match on 500 held-out names,\n"

@@ -212,7 +212,7 @@ def test_wrong_labels_are_marked_with_the_correct_ones():
     for number in range(100, 120):
         said, _, truth = bert.answer(model, [number])[0].partition("\n    WRONG: ")
         assert said.endswith("-> the same number")
-        assert truth.endswith("-> different numbers") == (not toy_dataset.matching_example(number)["match"])
+        assert truth == ("" if toy_dataset.matching_example(number)["match"] else "different numbers")
 
 
 def test_typed_numbers_are_labeled_masks_filled_in_and_pairs_compared(monkeypatch, tmp_path, capsys):
@@ -222,7 +222,7 @@ def test_typed_numbers_are_labeled_masks_filled_in_and_pairs_compared(monkeypatc
     bert.main(342, "342 <SEP> three <MASK> forty two", "342 <SEP> three hundred forty seven")
     lines = capsys.readouterr().out.splitlines()
     places, count, filled, pair = (line for line in lines if "WRONG" not in line)
-    assert places.count(", ") == 2 and count.endswith("words") and "three [" in filled
+    assert places.count(", ") == 2 and " word" in count and "three [" in filled
     assert pair.startswith("342 <SEP> three hundred forty seven -> ") and "number" in pair
 
 
