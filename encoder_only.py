@@ -1032,16 +1032,23 @@ def parse_question(text: str) -> int | str:
     return parse_number(text)
 
 
+def tasks_of(question: int | str) -> list[str]:
+    """The tasks whose models answer a question."""
+    if isinstance(question, int):
+        return ["tagging", "counting"]
+    return ["masked_lm"] if "<MASK>" in question else ["matching"]
+
+
 def main(*questions: int | str) -> None:
-    """Without questions: train, test, show. With questions: answer them, with the saved models if all are there."""
-    if questions and all(checkpoint_of(task).exists() for task in TASKS):
-        models = {task: load(checkpoint_of(task), build_model(task=task)) for task in TASKS}
+    """Without questions: train, test, show. With questions: answer them, with the saved models if they are there."""
+    tasks = {task for question in questions for task in tasks_of(question)}
+    if tasks and all(checkpoint_of(task).exists() for task in tasks):
+        models = {task: load(checkpoint_of(task), build_model(task=task)) for task in tasks}
     else:
         models = train_and_test()
     for question in questions:
         if isinstance(question, int):
-            print(answer(models["tagging"], [question])[0])
-            print(answer(models["counting"], [question])[0])
+            print("\n".join(answer(models[task], [question])[0] for task in tasks_of(question)))
         elif "<MASK>" in question:
             print(f"{question} -> {fill_in(models['masked_lm'], [question])[0]}")
         else:

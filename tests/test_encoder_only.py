@@ -224,6 +224,9 @@ def test_typed_numbers_are_labeled_masks_filled_in_and_pairs_compared(monkeypatc
     places, count, filled, pair = (line for line in lines if "WRONG" not in line)
     assert places.count(", ") == 2 and " word" in count and "three [" in filled
     assert pair.startswith("342 <SEP> three hundred forty seven -> ") and "number" in pair
+    bert.checkpoint_of("matching").unlink()
+    bert.main(342)  # needs two of the models only
+    assert capsys.readouterr().out.count("342 -> ") == 2
 
 
 def test_tagging_is_learned_in_seconds():
