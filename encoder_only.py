@@ -11,7 +11,7 @@ contextual vector per token. It is trained in two steps:
    short training:
    tagging    every token gets a label         3 4 2 -> hundreds, tens, ones    (as in named-entity recognition)
    counting   the sequence gets one label      3 4 2 -> its name has 4 words    (as in sentiment classification)
-   matching   a pair of texts gets one label   3 4 2 <SEP> three hundred forty two -> the same number   (as in NLI)
+   matching   a pair of texts gets one label   3 4 2 <SEP> three ... -> same number (as in paraphrase detection)
 
     masked LM                   tagging                              counting, matching
     3 4 2 <SEP> three ...       hundreds  tens  ones                 4 words
@@ -49,8 +49,8 @@ Simplified here: positions are sinusoidal, where BERT learns a vector per positi
 sqrt(C), as in the 2017 paper but not in BERT, which adds segment embeddings and a LayerNorm instead; norms stand inside
 the residual branches, where BERT has them after the sum; masked-LM logits are the output times the embedding table,
 where BERT first applies a dense layer, GELU and LayerNorm, and adds a bias; weights start from Xavier's distribution,
-where BERT's have standard deviation 0.02; there is no next-sentence prediction (no use: Liu et al. 2019, RoBERTa), so
-the pooler starts untrained in fine-tuning; and a token is a whole word or digit, where BERT uses subwords.
+where BERT's have standard deviation 0.02; there is no next-sentence prediction (unnecessary: Liu et al. 2019,
+RoBERTa), so the pooler is untrained before fine-tuning; and a token is a whole word or digit, where BERT uses subwords.
 
 Letters used for shapes, here and in the other two files:
 B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
@@ -831,8 +831,8 @@ class BayesOptimalPredictor(nn.Module):
 
     Some masked tokens cannot be known, such as a digit whose word is masked too. How many, and what do they cost? The
     language can be enumerated, so Bayes' rule answers. For a corrupted text c, and the text x of each number with as
-    many digits and words (masking hides neither count, and all numbers of a length are equally likely; to exclude the
-    training numbers would be cheating):
+    many digits and words (masking hides neither count; all numbers of a length are equally likely, as a model cannot
+    learn which of them are held out):
 
         P(x | c)  is proportional to  P(c | x)  =  product over positions j of P(c_j | x_j)
 
