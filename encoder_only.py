@@ -906,7 +906,7 @@ def describe_floor(dataset) -> str:
     batches = [toy_dataset.pad_batch(dataset.examples[i:i + 1000]) for i in range(0, len(dataset), 1000)]
     best = evaluate(BayesOptimalPredictor(), batches)
     return (f"{best['loss']:.3f} for the best possible predictor\n"
-            f"  (its masked-token accuracy: {best['accuracy']:.2%}; exact match: {best['exact_match']:.2%})")
+            f"            (its masked-token accuracy: {best['accuracy']:.2%}; exact match: {best['exact_match']:.2%})")
 
 
 def checkpoint_of(task: str) -> Path:
