@@ -947,7 +947,7 @@ def show_pretraining_gain(pretrained) -> None:
     bar.close()
     print("  * the seeds' ranges do not overlap\n"
           "  Matching compares digits with words, and so does predicting a masked word from the digits. Tagging\n"
-          "  and counting read digits alone; these are random, so predicting them teaches nothing about them.")
+          "  and counting read the digits alone, which are random: none can be predicted from the others.")
 
 
 @torch.inference_mode()
