@@ -1,23 +1,24 @@
-"""encoder_only.py - a BERT-style transformer: reads in both directions, and understands.
+"""encoder_only.py - a BERT-style transformer: bidirectional attention, for understanding tasks.
 
-What it is. One stack of layers in which every position looks at all others, left and right. What comes out is one
-vector for each token, which describes it in the light of the whole sequence. It is trained in two steps:
+What it is. One stack of layers in which every position attends to all others, left and right. The output is one
+contextual vector per token. It is trained in two steps:
 
-1. Pretraining, without labels. Hide 15% of the tokens and let the model find them again. To see that
-   `9 0 2 1 0 <SEP> ninety <MASK> two hundred ten` lacks `thousand` it has to learn how digits and words explain each
-   other, and nobody had to tell it: the text itself is the teacher.
-2. Fine-tuning, with labels, for the job at hand. A small new layer on top (a "head", no kin of the attention heads
-   below) turns vectors into logits, one raw score for each possible answer; softmax makes probabilities of them. Then
-   a short training:
-   tagging         every token gets a label           3 4 2 -> hundreds, tens, ones   (as NER tags names in a text)
-   classification  the whole sequence gets one label  3 4 2 -> its name has 4 words   (as a review is good or bad)
+1. Pretraining, without labels. Mask 15% of the tokens and train the model to predict them. To see that
+   `9 0 2 1 0 <SEP> ninety <MASK> two hundred ten` lacks `thousand` it has to learn how digits and words correspond. No
+   labels are needed: the text supplies the targets.
+2. Fine-tuning, with labels, for the task at hand. A small new layer on top (a "head", unrelated to the attention heads
+   below) turns vectors into logits, one unnormalized score per class; softmax turns them into probabilities. Then a
+   short training:
+   tagging    every token gets a label         3 4 2 -> hundreds, tens, ones    (as in named-entity recognition)
+   counting   the sequence gets one label      3 4 2 -> its name has 4 words    (as in sentiment classification)
+   matching   a pair of texts gets one label   3 4 2 <SEP> three ... -> same number (as in paraphrase detection)
 
-    masked LM                   tagging                              classification
+    masked LM                   tagging                              counting, matching
     3 4 2 <SEP> three ...       hundreds  tens  ones                 4 words
     ^ ^ ^  ^      ^                 ^       ^     ^                    ^
     head: V logits each         head: MAX_DIGITS logits each         pooler and head, on <CLS> alone
     +--------------------------------------------------------+
-    |  layer NUM_LAYERS                                      |       what may look at what (# yes, . no):
+    |  layer NUM_LAYERS                                      |       attention mask (# may attend, . may not):
     |  ...                                                   |
     |  layer 1:                                              |               <CLS> 3 4 2 <SEP>
     |    x = x + attention(norm(x))                          |       <CLS>     #   # # #   #
@@ -26,21 +27,30 @@ vector for each token, which describes it in the light of the whole sequence. It
         ^       ^       ^       ^       ^                            2         #   # # #   #
       <CLS>     3       4       2     <SEP>                          <SEP>     #   # # #   #
 
-What it is for: understanding. Tagging, classifying, searching, comparing: whenever the whole text is there before the
-answer is asked for. What it is not for: writing. It learned to fill a few holes in a finished text, not to go on where
-a text ends. It can be made to (mask-predict, below), and you will see what that costs.
+What it is for: understanding. Tagging, classifying, comparing, searching: whenever the whole text is there before the
+answer is needed. What it is not for: generation. It is trained to fill a few gaps in a complete text, not to continue
+one. It can be made to (mask-predict, below), and you will see what that costs.
 
-What you will see when you run it (about three minutes on two CPU cores): pretraining, masks filled in, two
-fine-tunings and their accuracy on held-out numbers, mask-predict, and what pretraining bought, by number of labels.
+What you will see when you run it (about five minutes on two CPU cores): pretraining, with its distance from the best
+possible predictor, which is computed exactly; masks filled in; three fine-tunings and their accuracy on held-out
+numbers; nearest neighbors; mask-predict; and what pretraining gains, by number of labels.
 
     python encoder_only.py                                          train, test, show, and save checkpoints/
     python encoder_only.py 342 90210                                place values, and how many words the name has
     python encoder_only.py "90210 <SEP> ninety <MASK> two hundred ten"              fill in the mask
+    python encoder_only.py "90210 <SEP> nine thousand two hundred ten"              do they name the same number?
+
+How to read it. From the top: attention, the layer, the model, training, generation. A first reading may stop at
+BUILDING A MODEL; what follows is validation, checkpoints, the best possible predictor, and demonstrations.
 
 Papers: Devlin et al. 2019 (BERT); Vaswani et al. 2017, "Attention Is All You Need" (the parts); Ghazvininejad et al.
 2019 (mask-predict).
-Simplified here: sinusoidal positions, where BERT learns them; no segment embeddings and no next-sentence prediction
-(RoBERTa, Liu et al. 2019, found that one of no use); norms inside the branches, where BERT has them after the sum.
+Simplified here: positions are sinusoidal, where BERT learns a vector per position; embeddings are multiplied by
+sqrt(C), as in the 2017 paper but not in BERT, which adds segment embeddings and a LayerNorm instead; norms stand inside
+the residual branches, where BERT has them after the sum; masked-LM logits are the output times the embedding table,
+where BERT first applies a dense layer, GELU and LayerNorm, and adds a bias; weights start from Xavier's distribution,
+where BERT's have standard deviation 0.02; there is no next-sentence prediction (unnecessary: Liu et al. 2019,
+RoBERTa), so the pooler is untrained before fine-tuning; and a token is a whole word or digit, where BERT uses subwords.
 
 Letters used for shapes, here and in the other two files:
 B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
@@ -51,16 +61,21 @@ import os
 import pickle
 import random
 import shutil
+from functools import cache
+from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, RandomSampler
 from tqdm import tqdm
 
 import toy_dataset
-from toy_dataset import CLS_ID, IGNORE, MASK_ID, MAX_DIGITS, MAX_WORDS, PAD_ID, PLACES, SPECIAL_TOKENS, VOCABULARY
-from toy_dataset import InputError, make_padding_mask, number_to_words, parse_number, run_script, to_ids, to_tokens
+from toy_dataset import IGNORE, MASK_ID, MAX_DIGITS, MAX_WORDS, PAD_ID, PLACES, SEP_ID
+from toy_dataset import SPECIAL_TOKENS, VOCABULARY, InputError, make_padding_mask, number_to_words, parse_number
+from toy_dataset import run_script, to_ids, to_tokens
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -82,17 +97,17 @@ FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
 WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
 WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
 GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
-MASK_PROBABILITY = 0.15  # share of tokens to be found again. Try 0.05 (little to learn from), 0.5 (mask-predict gains)
+MASK_PROBABILITY = 0.15  # fraction of tokens to predict. Try 0.05 (little to learn from), 0.5 (mask-predict gains)
 FINE_TUNING_STEPS = 400  # steps of each fine-tuning, however many labels there are. Try 100, 1000
-FINE_TUNING_LEARNING_RATE = 1e-3  # its peak; a smaller one keeps more of what was learned before. Try 1e-4, 3e-3
-NUM_LABELS = [100, 300, 1000, 3000]  # labelled examples, for the table of what pretraining bought. Try adding 30
+FINE_TUNING_LEARNING_RATE = 1e-3  # its peak; a smaller one forgets less of the pretraining. Try 1e-4, 3e-3
+NUM_LABELS = [100, 300, 1000, 3000]  # labeled examples, for the table of what pretraining gains. Try adding 30
 SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
 
 # --- generation ---
 ITERATIONS = 4        # rounds of mask-predict; 1 fills in all masks at once. Try 1, 10
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
 PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
-MASKED_EXAMPLES = [  # texts to complete. Try hiding a digit and its word: what does it say when nobody can know?
+MASKED_EXAMPLES = [  # texts to complete. Try masking a digit and its word: what does it predict when it cannot know?
     "90210 <SEP> ninety <MASK> two hundred ten",
     "3 <MASK> 2 <SEP> three hundred forty two",
     "1010 <SEP> <MASK> <MASK> <MASK>",
@@ -101,11 +116,13 @@ MASKED_EXAMPLES = [  # texts to complete. Try hiding a digit and its word: what 
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "encoder_only.pt"  # and, for the fine-tuned, encoder_only_TASK.pt
 
-TASKS = {  # what each kind of model is trained on: one number, made into an example
+TASKS = {  # task -> the function that turns a number into an example
     "masked_lm": toy_dataset.masked_lm_example,
     "tagging": toy_dataset.tagging_example,
     "counting": toy_dataset.counting_example,
+    "matching": toy_dataset.matching_example,
 }
+NUM_CLASSES = {"tagging": MAX_DIGITS, "counting": MAX_WORDS, "matching": 2}
 
 # ======================================================================================================
 # THE MODEL, bottom up
@@ -273,7 +290,7 @@ class EncoderLayer(nn.Module):
 
 
 class EncoderOnlyTransformer(nn.Module):
-    """ids (B, T) -> logits, by task: masked_lm (B, T, V), tagging (B, T, MAX_DIGITS), counting (B, 1, MAX_WORDS)."""
+    """ids (B, T) -> logits, by task: masked_lm (B, T, V), tagging (B, T, classes), the others (B, 1, classes)."""
 
     def __init__(self, d_model: int, num_layers: int, num_heads: int, d_ff: int, dropout: float, max_length: int,
                  task: str):
@@ -291,12 +308,11 @@ class EncoderOnlyTransformer(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         # Pre-norm layers never normalize the residual stream itself, hence the final norm.
         self.final_norm = nn.LayerNorm(d_model)
-        # The heads are all that is new in fine-tuning; masked_lm needs none of its own (see forward).
-        if task == "tagging":
-            self.head = nn.Linear(d_model, MAX_DIGITS)
-        if task == "counting":
+        # The head is all that is new in fine-tuning; masked_lm has none of its own (see forward).
+        if task in ("counting", "matching"):
             self.pooler = nn.Linear(d_model, d_model)
-            self.head = nn.Linear(d_model, MAX_WORDS)
+        if task != "masked_lm":
+            self.head = nn.Linear(d_model, NUM_CLASSES[task])
         self.apply(init_weights)
 
     def embed(self, ids, positions):
@@ -306,7 +322,7 @@ class EncoderOnlyTransformer(nn.Module):
         return self.dropout(x + self.positional_encoding(positions))                    # (B, T, C)
 
     def encode(self, ids, attention_maps=None):
-        """Token ids (B, T) -> one vector for each, seen in the light of all (B, T, C). This is what is pretrained."""
+        """Token ids (B, T) -> contextual vectors (B, T, C). This part is pretrained."""
         check_length(ids, self.constants["MAX_LENGTH"])
         mask = make_padding_mask(ids)                                                   # (B, 1, 1, T)
         x = self.embed(ids, torch.arange(ids.size(1), device=ids.device))               # (B, T, C)
@@ -319,10 +335,10 @@ class EncoderOnlyTransformer(nn.Module):
         x = self.encode(ids, attention_maps)                                            # (B, T, C)
         if self.task == "tagging":
             return self.head(x)                                                         # (B, T, MAX_DIGITS)
-        if self.task == "counting":
-            # <CLS> stands for no word of its own: free to gather what the question needs. Its vector alone is used, so
-            # padding can't leak in, as it would in a mean over all positions that forgets to leave it out.
-            return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, MAX_WORDS)
+        if self.task in ("counting", "matching"):
+            # <CLS> is no word, so its vector is free to represent the whole sequence. BERT's pooler, a layer with a
+            # tanh, lets the head separate classes that no linear function of that vector does, and bounds its input.
+            return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, classes)
         # logits = x E^T: a token's logit is the output's dot product with its embedding. Input and output share one
         # table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
         return F.linear(x, self.embedding.weight)                                       # (B, T, V)
@@ -349,30 +365,31 @@ def init_weights(module: nn.Module) -> None:
 
 
 def mask_tokens(ids, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hide some tokens, BERT's way (Devlin et al. 2019, section 3.1, appendix A). ids (B, T) -> (corrupted, targets).
+    """Corrupt some tokens as BERT does (Devlin et al. 2019, section 3.1, A.1). ids (B, T) -> (corrupted, targets).
 
-    Each digit and word is chosen with MASK_PROBABILITY; special tokens never are. Of the chosen,
+    Each digit and word is chosen with MASK_PROBABILITY; special tokens never are. Of the chosen tokens,
         80% become <MASK>,
-        10% become a random digit or word: so that no token can be trusted unchecked,
-        10% stay as they are: so that it need not distrust all. With <MASK> alone the model would learn to describe
-            masks only, and in fine-tuning there are none.
-    targets holds the original where a token was chosen and IGNORE elsewhere: only what was hidden is asked for.
+        10% become a random digit or word, so that visible tokens are not always correct,
+        10% stay unchanged, so that they usually are. With <MASK> alone, unmasked positions would never carry a loss,
+            and fine-tuning has no masks.
+    targets holds the original token where one was chosen and IGNORE elsewhere: the loss covers only the chosen tokens.
 
-    It is drawn anew for each batch, so a text is never hidden twice in the same way. generator: to draw from (on the
-    CPU, so that every device hides the same), in place of the global one.
+    Drawn anew for each batch (dynamic masking), so a text is rarely masked the same way twice. generator: to draw from,
+    in place of the global one (on the CPU, so that every device masks the same tokens).
     """
-    chance, kind = torch.rand(2, *ids.shape, generator=generator).to(ids.device)
+    chance, kind = torch.rand(2, *ids.shape, generator=generator).to(ids.device)        # (B, T) each, in [0, 1)
     others = torch.randint(len(SPECIAL_TOKENS), len(VOCABULARY), ids.shape, generator=generator).to(ids.device)
-    chosen = (ids >= len(SPECIAL_TOKENS)) & (chance < MASK_PROBABILITY)                 # (B, T)
-    corrupted = ids.masked_fill(chosen & (kind < 0.8), MASK_ID)
-    corrupted = torch.where(chosen & (kind >= 0.9), others, corrupted)
+    chosen = (ids >= len(SPECIAL_TOKENS)) & (chance < MASK_PROBABILITY)                 # (B, T), boolean
+    hide = chosen & (kind < 0.8)
+    replace = chosen & (kind >= 0.8) & (kind < 0.9)
+    corrupted = torch.where(replace, others, ids.masked_fill(hide, MASK_ID))            # (B, T)
     return corrupted, ids.masked_fill(~chosen, IGNORE)
 
 
 def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, task="masked_lm", num_train=None) -> toy_dataset.Splits:
-    """Training, validation and test batches of {"ids" (B, T)} and, by task, {"places" (B, T)} or {"count" (B)}.
+    """Training, validation and test batches: "ids" (B, T) and, by task, "places" (B, T), "count" (B) or "match" (B).
 
-    num_train: learn from so many of the training numbers only.
+    num_train: use only so many of the training numbers.
     """
     return toy_dataset.make_dataloaders(TASKS[task], batch_size, seed, num_train)
 
@@ -380,8 +397,9 @@ def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, task="masked_lm", num_t
 def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
     """The model's logits for a batch (B, T, classes), and the targets that they are meant to hit (B, T).
 
-    In counting T is 1, the one answer at <CLS>. The masked LM's tokens are hidden here, unless the batch brings its own
-    "targets": then they were hidden by whoever made it. generator: see mask_tokens.
+    T is 1 in counting and matching, the one answer at <CLS>. For masked language modeling the tokens are masked here;
+    a batch that was masked by its maker (compare_architectures.py masks whole names) brings "targets", and is taken as
+    it is. generator: see mask_tokens.
     """
     device = next(model.parameters()).device
     ids = batch["ids"].to(device)
@@ -389,6 +407,8 @@ def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
         return model(ids), batch["places"].to(device)
     if "count" in batch:
         return model(ids), batch["count"][:, None].to(device)
+    if "match" in batch:
+        return model(ids), batch["match"][:, None].to(device)
     if "targets" in batch:
         return model(ids), batch["targets"].to(device)
     corrupted, targets = mask_tokens(ids, generator)
@@ -507,15 +527,15 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
 
 @torch.inference_mode()
 def evaluate(model, loader) -> dict:
-    """Test on numbers that were not trained on. Returns loss (nats per target), exact_match, accuracy and mistakes.
+    """Evaluate on held-out numbers. Returns loss (nats per target), exact_match, accuracy and mistakes.
 
-    exact_match: share of the sequences in which every answer is right; those of which nothing is asked (no token
-    happened to be hidden) are left out. accuracy: share of the answers that are right. mistakes: the indices of the
-    sequences with a wrong answer, in the loader's order.
+    exact_match: fraction of the sequences in which every target is predicted correctly, of those that have a target (by
+    chance no token may be masked). accuracy: fraction of the targets. mistakes: the indices of the other sequences, in
+    the loader's order.
     """
     was_training = model.training
     model.eval()
-    # The same tokens are hidden at each evaluation, so that two evaluations differ by the model and by nothing else.
+    # The same tokens are masked in each evaluation, so that two evaluations differ by the model and by nothing else.
     generator = torch.Generator().manual_seed(SEED)
     loss_sum, num_targets, num_hits, asked, right = 0.0, 0, 0, [], []
     for batch in loader:
@@ -532,16 +552,20 @@ def evaluate(model, loader) -> dict:
             "accuracy": num_hits / max(1, num_targets), "mistakes": mistakes}
 
 
-def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
-    """A new model for the task, trained for (about) FINE_TUNING_STEPS. Returns it and its history.
+def fine_tune(pretrained, loaders, task, num_steps=FINE_TUNING_STEPS, learning_rate=FINE_TUNING_LEARNING_RATE,
+              num_evaluations=2, progress=None):
+    """A new model for the task, trained for num_steps. Returns it and its history.
 
-    pretrained: the masked LM whose encoder it starts from; None starts from random weights.
+    pretrained: the masked LM whose encoder it starts from; None starts from random weights. As in BERT, all weights are
+    trained, not the head's alone.
     """
     model = build_model(task=task) if pretrained is None else build_fine_tuned(pretrained, task)
-    # All weights go on learning, not the head's alone (BERT does the same). Counted in steps, not in epochs: few labels
-    # are trained on for as long as many (to a part of an epoch), so that hardly anything differs but their number.
-    num_epochs = math.ceil(FINE_TUNING_STEPS / len(loaders.train))
-    return model, train(model, loaders, num_epochs, FINE_TUNING_LEARNING_RATE, num_evaluations, progress)
+    # Steps, not epochs: however few the labels, training is as long, so that runs differ by their number alone. The
+    # sampler starts a new pass over the data, in a new order, whenever one ends.
+    labeled, batch_size = loaders.train.dataset, loaders.train.batch_size
+    sampler = RandomSampler(labeled, num_samples=num_steps * batch_size, generator=loaders.train.generator)
+    batches = DataLoader(labeled, batch_size, sampler=sampler, collate_fn=toy_dataset.pad_batch)
+    return model, train(model, loaders._replace(train=batches), 1, learning_rate, num_evaluations, progress)
 
 
 # ======================================================================================================
@@ -553,16 +577,15 @@ def fine_tune(pretrained, loaders, task, num_evaluations=2, progress=None):
 def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Tensor:
     """Fill in the <MASK>s of each prompt (a list of ids). Returns the texts, (B, T), padded on the right.
 
-    Mask-predict (Ghazvininejad et al. 2019): predict all masks at once, keep those of which the model is surest, mask
-    the others again, and predict these anew, now with the kept ones in view. After round i of N at most
-    n * (N - i) / N of the n masks are left, so N rounds fill in all. One round is plain filling in: each mask on its
-    own, none knowing what the others say, which is why two neighbours may agree with the text but not with each other.
-    Simplified here: what was kept once stays; in the paper a later round may hide it again.
+    Mask-predict (Ghazvininejad et al. 2019): predict all masks at once, keep the most confident predictions, re-mask
+    the others, and predict those again given the kept ones. After round i of N at most n * (N - i) / N of the n masks
+    are left, so N rounds fill in all. With one round, masks are predicted independently given the text, so neighbors
+    may contradict each other. Simplified here: a kept token stays; in the paper a later round may mask it again.
     """
     if iterations < 1:
         raise InputError(f"ITERATIONS = {iterations} must be at least 1: 4 works.")
     if not prompts or not all(prompts):
-        raise InputError("generate needs at least one prompt, and in each at least one token, such as <MASK>.")
+        raise InputError("generate needs at least one prompt, each with at least one token, such as <MASK>.")
     was_training = model.training
     model.eval()
     longest = max(map(len, prompts))
@@ -570,12 +593,12 @@ def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Te
     asked = ids == MASK_ID                                                              # (B, T), what to fill in
     num_asked = asked.sum(dim=1, keepdim=True)                                          # (B, 1)
     for i in range(1, iterations + 1):
-        masked = ids == MASK_ID                                                         # (B, T), what is still open
+        masked = ids == MASK_ID                                                         # (B, T), not yet kept
         logits = model(ids).float()
         logits[..., : len(SPECIAL_TOKENS)] = -math.inf                                  # answers are digits and words
         confidence, best = logits.softmax(dim=-1).max(dim=-1)                           # (B, T)
         ids = torch.where(masked, best, ids)
-        # The least sure of those just predicted are hidden again; argsort of argsort is the rank, 0 the least sure.
+        # Re-mask the least confident of these predictions; argsort of argsort is the rank, 0 the least confident.
         rank = confidence.masked_fill(~masked, math.inf).argsort(dim=1).argsort(dim=1)
         ids = ids.masked_fill(masked & (rank < num_asked * (iterations - i) // iterations), MASK_ID)
     model.train(was_training)
@@ -583,15 +606,13 @@ def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Te
 
 
 def parse_text(text: str) -> list[int]:
-    """A text with masks, as a person types it, to the ids of `<CLS> digits <SEP> words <SEP>`. Raises InputError.
+    """Typed text, such as "342 <SEP> three <MASK> forty two", to the ids of `<CLS> digits <SEP> words <SEP>`.
 
-    Numbers may be written in one piece; what is not a digit, a word, <MASK> or <SEP> is refused, by to_ids.
+    Numbers may be written without spaces. Raises InputError; for an unknown token, from to_ids.
     """
-    tokens = []  # <CLS> and the last <SEP> come with the form, so nobody has to type them
+    tokens = []  # <CLS> and the last <SEP> need not be typed
     for piece in text.split():
         tokens += list(piece) if piece.isdigit() else [piece]
-    if "<MASK>" not in tokens:
-        raise InputError(f"{text!r} has no <MASK> to fill in.")
     if tokens.count("<SEP>") != 1 or len(tokens) > MAX_LENGTH - 2:
         raise InputError(f"{text!r} is not of the form 'digits <SEP> words' with at most MAX_LENGTH - 2 "
                          f"tokens (MAX_LENGTH = {MAX_LENGTH}).")
@@ -599,39 +620,54 @@ def parse_text(text: str) -> list[int]:
 
 
 def fill_in(model, texts: list[str]) -> list[str]:
-    """Each text with its masks filled in, what was filled in in brackets."""
-    prompts = [parse_text(text) for text in texts]
-    filled = generate(model, prompts)
-    return [" ".join(f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, to_tokens(ids.tolist()))
-                     if i != CLS_ID).removesuffix(" <SEP>") for prompt, ids in zip(prompts, filled)]
+    """Each text with its masks filled in, the predicted tokens in brackets."""
+    lines = []
+    for text in texts:
+        prompt = parse_text(text)
+        tokens = to_tokens(generate(model, [prompt])[0].tolist())
+        tokens = [f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, tokens)]
+        lines.append(" ".join(tokens[1:-1]))  # without <CLS> and the last <SEP>, as it was typed
+    return lines
 
 
 @torch.inference_mode()
 def answer(model, numbers: list[int]) -> list[str]:
-    """What the model says to each number, by its task; wrong answers are marked, with what would have been right."""
+    """The model's prediction for each number, by its task; wrong ones are marked, with the correct answer."""
     lines = []
     was_training = model.training
     model.eval()
     for number in numbers:  # one at a time: a few to look at
-        if model.task == "masked_lm":  # hide the middle word of the name
-            words = number_to_words(number)
-            hidden = len(words) // 2
-            truth = " ".join([*str(number), "<SEP>", *words[:hidden], f"[{words[hidden]}]", *words[hidden + 1:]])
-            said = fill_in(model, [truth.replace(f"[{words[hidden]}]", "<MASK>")])[0]
-            lines.append(said + ("" if said == truth else f"\n    WRONG: [{words[hidden]}]"))
-            continue
-        batch = toy_dataset.pad_batch([TASKS[model.task](number)])
-        logits, targets = predict(model, batch)
-        said, truth = ([describe_label(model.task, label) for label in labels[targets[0] != IGNORE].tolist()]
-                       for labels in (logits[0].argmax(dim=-1), targets[0]))
-        lines.append(f"{number} -> {', '.join(said)}" + ("" if said == truth else f"\n    WRONG: {', '.join(truth)}"))
+        said, truth = (answer_masked_lm if model.task == "masked_lm" else answer_fine_tuned)(model, number)
+        lines.append(said if said == truth else f"{said}\n    WRONG: {truth.rpartition(' -> ')[2]}")
     model.train(was_training)
     return lines
 
 
-def describe_label(task: str, label: int) -> str:
-    """A class, in words."""
-    return PLACES[label] if task == "tagging" else f"{label + 1} words"
+def answer_masked_lm(model, number: int) -> tuple[str, str]:
+    """A number's text with the middle word of its name masked and filled in: by the model, and correctly."""
+    words = number_to_words(number)
+    middle = len(words) // 2
+    before, after = [*str(number), "<SEP>", *words[:middle]], words[middle + 1:]
+    return fill_in(model, [" ".join([*before, "<MASK>", *after])])[0], " ".join([*before, f"[{words[middle]}]", *after])
+
+
+def answer_fine_tuned(model, number: int) -> tuple[str, str]:
+    """A number's label, or the labels of its digits: by the model, and correctly."""
+    batch = toy_dataset.pad_batch([TASKS[model.task](number)])
+    logits, targets = predict(model, batch)                                             # (1, T, classes), (1, T)
+    asked = targets != IGNORE
+    question = " ".join(to_tokens(batch["ids"][0].tolist())[1:-1]) if model.task == "matching" else str(number)
+    return (f"{question} -> {describe_labels(model.task, logits.argmax(dim=-1)[asked].tolist())}",
+            f"{question} -> {describe_labels(model.task, targets[asked].tolist())}")
+
+
+def describe_labels(task: str, labels: list[int]) -> str:
+    """Classes, in words."""
+    if task == "tagging":
+        return ", ".join(PLACES[label] for label in labels)
+    if task == "counting":
+        return f"{labels[0] + 1} word" + "s" * (labels[0] > 0)
+    return ["different numbers", "the same number"][labels[0]]
 
 
 # ======================================================================================================
@@ -787,6 +823,50 @@ def load(path=CHECKPOINT, model=None):
 
 
 # ======================================================================================================
+# THE BEST POSSIBLE PREDICTOR: computed, not trained
+# ======================================================================================================
+
+
+class BayesOptimalPredictor(nn.Module):
+    """ids (B, T) -> logits (B, T, V), as a masked LM's, but computed: in expectation no model can do better.
+
+    Some masked tokens cannot be known, such as a digit whose word is masked too. How many, and what do they cost? The
+    language can be enumerated, so Bayes' rule answers. For a corrupted text c, and the text x of each number with as
+    many digits and words (masking hides neither count; all numbers of a length are equally likely, as a model cannot
+    learn which of them are held out):
+
+        P(x | c)  is proportional to  P(c | x)  =  product over positions j of P(c_j | x_j)
+
+    where P(c_j | x_j) is what mask_tokens does to one token. Summed over all x with token t at position j, this gives
+    P(x_j = t | c). That the loss asks about j is evidence, too: if it is not masked, it may well have been replaced. So
+    for the answer at j itself, P(c_j | x_j) becomes P(c_j, chosen | x_j).
+    """
+
+    def __init__(self):
+        super().__init__()
+        same, num_others = torch.eye(len(VOCABULARY)), len(VOCABULARY) - len(SPECIAL_TOKENS)
+        # P(c_j, chosen | x_j), a row for each c_j, a column for each x_j: 10% random, 10% unchanged, and 80% <MASK>.
+        chosen = MASK_PROBABILITY * (0.1 / num_others + 0.1 * same)                     # (V, V)
+        chosen[MASK_ID] = MASK_PROBABILITY * 0.8
+        self.log_chosen = nn.Embedding.from_pretrained(chosen.log())
+        self.log_seen = nn.Embedding.from_pretrained((chosen + (1 - MASK_PROBABILITY) * same).log())  # P(c_j | x_j)
+
+    def forward(self, ids):
+        logits = torch.zeros(*ids.shape, len(VOCABULARY))
+        shapes = torch.stack([(ids == SEP_ID).int().argmax(dim=1) - 1, (ids != PAD_ID).sum(dim=1)], dim=1)
+        for shape in shapes.unique(dim=0):  # texts with as many digits and as many tokens go together
+            rows, (num_digits, length) = (shapes == shape).all(dim=1), shape.tolist()
+            c = ids[rows, :length]
+            with torch.inference_mode(False):
+                scores = self.log_seen(c).requires_grad_()                              # (B, T, V), log P(c_j | x_j)
+                log_p = toy_dataset.log_sum_over_numbers(scores, num_digits)            # (B), log P(c) + constant
+                # d log P(c) / d log P(c_j | x_j = t)  =  P(x_j = t | c):  autograd does the sums for all j and t.
+                posterior, = torch.autograd.grad(log_p.sum(), scores)                   # (B, T, V)
+            logits[rows, :length] = posterior.log() + self.log_chosen(c) - self.log_seen(c)
+        return logits
+
+
+# ======================================================================================================
 # RUNNING THIS FILE
 # ======================================================================================================
 
@@ -794,8 +874,9 @@ def load(path=CHECKPOINT, model=None):
 def parameter_formula(model) -> tuple[str, int]:
     """The expected number of parameters: as a formula, and its value."""
     V, C, F, L = len(VOCABULARY), *(model.constants[name] for name in ("D_MODEL", "D_FF", "NUM_LAYERS"))
-    formula, head = {"masked_lm": ("", 0), "tagging": (" + C*K + K", C * MAX_DIGITS + MAX_DIGITS),
-                     "counting": (" + C*C + C + C*K + K", C * C + C + C * MAX_WORDS + MAX_WORDS)}[model.task]
+    K = NUM_CLASSES.get(model.task, 0)
+    formula, head = {"masked_lm": ("", 0), "tagging": (" + C*K + K", C * K + K)}.get(
+        model.task, (" + C*C + C + C*K + K", C * C + C + C * K + K))
     formula = "V*C + L*(4*(C*C + C) + (C*F + F) + (F*C + C) + 4*C) + 2*C" + formula
     return formula, V * C + L * (4 * (C * C + C) + (C * F + F) + (F * C + C) + 4 * C) + 2 * C + head
 
@@ -821,8 +902,11 @@ def print_configuration(model, loaders) -> None:
 
 
 def describe_floor(dataset) -> str:
-    """What is known about the least loss that is possible on these numbers, as text."""
-    return "0 is out of reach: who sees neither a digit nor its word cannot know them"
+    """What the best possible predictor reaches on these numbers, with the masks that evaluate draws, as text."""
+    batches = [toy_dataset.pad_batch(dataset.examples[i:i + 1000]) for i in range(0, len(dataset), 1000)]
+    best = evaluate(BayesOptimalPredictor(), batches)
+    return (f"{best['loss']:.3f} for the best possible predictor\n"
+            f"            (its masked-token accuracy: {best['accuracy']:.2%}; exact match: {best['exact_match']:.2%})")
 
 
 def checkpoint_of(task: str) -> Path:
@@ -831,73 +915,107 @@ def checkpoint_of(task: str) -> Path:
 
 
 def show_pretraining_gain(pretrained) -> None:
-    """What pretraining bought, by number of labelled examples. The same head, steps and numbers for both starts."""
-    print("\nWHAT PRETRAINING BOUGHT: share of held-out numbers wholly right, by number of labelled examples\n"
-          f"(fine-tuned for about {FINE_TUNING_STEPS} steps each)\n\n  {'':26}"
-          + "".join(f"{n:>9,}" for n in NUM_LABELS))
+    """Test accuracy after fine-tuning from random and from pretrained weights, by number of labeled examples."""
+    batch_size, rates = max(1, BATCH_SIZE // 2), (FINE_TUNING_LEARNING_RATE / 2, FINE_TUNING_LEARNING_RATE)
+    matches = fmean(toy_dataset.matching_example(number)["match"] for number in toy_dataset.make_splits().test[:2000])
+    print("\nTHE EFFECT OF PRETRAINING: exact match on 2,000 held-out numbers, mean of three seeds (lowest to\n"
+          f"highest), after {FINE_TUNING_STEPS} steps of {batch_size}, with the better of two learning rates (on "
+          "validation numbers, with\nthe most labels, for each task and start). "
+          f"Chance, in matching: {max(matches, 1 - matches):.1%}\n\n"
+          f"  {'task':10}{'labels':>8}{'from scratch':>26}{'pretrained':>26}")
     bar = tqdm(desc="fine-tuning", ascii=True, ncols=95, mininterval=0.5)
-    for task in ("tagging", "counting"):
-        for name, start in (("from scratch", None), ("pretrained", pretrained)):
-            line = f"  {task + ', ' + name:26}"
-            for n in NUM_LABELS:
-                torch.manual_seed(SEED)
-                loaders = create_dataloaders(task=task, num_train=n)
-                line += f"{fine_tune(start, loaders, task, 1, bar)[1][-1]['exact_match']:9.1%}"
-            bar.write(line)
+
+    @cache  # the run that decides on the learning rate is the first of the three
+    def tune(start, loaders, task, seed, rate):
+        torch.manual_seed(seed)                     # the initial weights
+        loaders.train.generator.manual_seed(seed)   # the order of the examples
+        return fine_tune(start, loaders, task, FINE_TUNING_STEPS, rate, 0, bar)[0]
+
+    for task, sizes in (("matching", NUM_LABELS), ("tagging", NUM_LABELS[:1]), ("counting", NUM_LABELS[::2])):
+        loaders = {n: create_dataloaders(batch_size, SEED, task, n) for n in sizes}
+        most, results = loaders[max(sizes)], []
+        for start in (None, pretrained):
+            on_validation = {rate: evaluate(tune(start, most, task, SEED, rate), most.validation)["exact_match"]
+                             for rate in rates}
+            best = max(rates, key=on_validation.get)
+            results.append([[evaluate(tune(start, loaders[n], task, seed, best), islice(most.test, 2))["exact_match"]
+                             for seed in (SEED, SEED + 1, SEED + 2)] for n in sizes])
+        for n, scratch, tuned in zip(sizes, *results):
+            apart = min(tuned) > max(scratch) or min(scratch) > max(tuned)
+            bar.write(f"  {task:10}{n:>8,}" + "".join(f"{f'{fmean(x):.1%} ({min(x):.1%} to {max(x):.1%})':>26}"
+                                                      for x in (scratch, tuned)) + "  *" * apart)
     bar.close()
+    print("  * the seeds' ranges do not overlap\n"
+          "  Matching compares digits with words, and so does predicting a masked word from the digits. Tagging\n"
+          "  and counting read the digits alone, which are random: none can be predicted from the others.")
+
+
+@torch.inference_mode()
+def show_neighbors(models: dict) -> None:
+    """Search: the held-out numbers most similar to a number, by the cosine of their <CLS> vectors."""
+    queries, numbers = EXAMPLES[::3], toy_dataset.make_splits().test[:2000]
+    print(f"\nNEAREST NEIGHBORS among {len(numbers):,} held-out numbers, by the cosine of <CLS> vectors")
+    for task in ("masked_lm", "counting"):
+        ids = toy_dataset.pad_batch([TASKS[task](number) for number in queries + numbers])["ids"].to(get_device())
+        vectors = F.normalize(models[task].eval().encode(ids)[:, 0], dim=-1)            # (queries + numbers, C)
+        similarity = vectors[: len(queries)] @ vectors[len(queries):].T                 # (queries, numbers)
+        for query, cosines, nearest in zip(queries, *(best.tolist() for best in similarity.topk(4, dim=1))):
+            print(f"  {task:10}{query:>7}: "
+                  + ", ".join(f"{numbers[i]} ({cosine:.3f})" for cosine, i in zip(cosines, nearest)))
+    print("  Pretraining puts no loss on <CLS>, and counting shapes it for counting. Encoders for search are\n"
+          "  fine-tuned for similarity (Reimers & Gurevych 2019, Sentence-BERT).")
 
 
 def show_mask_predict(model, counter) -> None:
-    """Writing with a model that was made to fill holes, and what it takes to do that."""
+    """Generation with a model that was trained to fill gaps, and what that takes."""
     numbers = toy_dataset.make_splits().test[:500]
     names = [number_to_words(number) for number in numbers]
     prompts = [to_ids(["<CLS>", *str(number), "<SEP>"]) for number in numbers]
-    with torch.no_grad():
+    with torch.inference_mode():
         batch = toy_dataset.pad_batch([TASKS["counting"](number) for number in numbers])
-        labels = predict(counter, batch)[0].argmax(dim=-1)                              # (B, 1)
-    told = [len(name) for name in names]
-    guessed = [label + 1 for label in labels.flatten().tolist()]
-    print("\nMASK-PREDICT: writing, with a model made to fill holes. Share of 500 held-out names\n"
-          f"wholly right, by what is hidden and by rounds\n\n  {'':44}"
-          + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
-    rng = random.Random(SEED)  # which words are hidden: the same in each run, and for each number of rounds
-    for label, share, lengths in [("one word hidden", 0, told), ("half of the words hidden", 0.5, told),
-                                  ("all words hidden, their number told", 1, told),
-                                  ("all words hidden, their number as it counts", 1, guessed)]:
-        texts = []  # `digits <SEP>`, and then the name with its holes
+        labels = predict(counter.eval(), batch)[0].argmax(dim=-1)                       # (B, 1)
+    true_lengths = [len(name) for name in names]
+    predicted_lengths = [label + 1 for label in labels.flatten().tolist()]
+    print("\nMASK-PREDICT: generation with a model trained to fill gaps. Exact match on 500 held-out names,\n"
+          f"by what is masked and by rounds\n\n  {'':36}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
+    rng = random.Random(SEED)  # which words are masked: the same in each run, and for each number of rounds
+    for label, share, lengths in [("one word masked", 0, true_lengths), ("half of the words masked", 0.5, true_lengths),
+                                  ("all words masked, true length", 1, true_lengths),
+                                  ("all words masked, predicted length", 1, predicted_lengths)]:
+        texts = []  # `digits <SEP>`, and then the name with its masks
         for prompt, name, length in zip(prompts, names, lengths):
-            hidden = set(rng.sample(range(length), max(1, round(share * length))))
-            words = ["<MASK>" if i in hidden else name[i] for i in range(length)]
+            masked = set(rng.sample(range(length), max(1, round(share * length))))
+            words = ["<MASK>" if i in masked else name[i] for i in range(length)]
             texts.append(prompt + to_ids([*words, "<SEP>"]))
         row = []
         for iterations in (1, 4, 10):
             filled = generate(model, texts, iterations)
             right = sum(to_tokens(ids.tolist())[len(p):-1] == name for ids, p, name in zip(filled, prompts, names))
             row.append(f"{right / len(names):11.1%}")
-        print(f"  {label:44}" + "".join(row))
-    print("  Why this is not natural for it: someone must say first how many words there will be; the words\n"
-          "  of a round are guessed side by side, none knowing the others; and in training most of the text\n"
-          "  was there.")
+        print(f"  {label:36}" + "".join(row))
+    print("  Why generation is hard for it: the length must be given first, the words of a round are predicted\n"
+          "  independently, and in training most of the text was visible.")
 
 
 def train_and_test() -> dict:
-    """Pretrain, fine-tune for both tasks, test each once on the test numbers, save all. Returns the models by task."""
+    """Pretrain, fine-tune for each task, evaluate on the test numbers, save. Returns the models by task."""
     check_constants()
     torch.manual_seed(SEED)
     pretrained, loaders = build_model(), create_dataloaders()
-    print("PRETRAINING: find the hidden tokens")
+    print("PRETRAINING: predict masked tokens")
     print_configuration(pretrained, loaders)
     train(pretrained, loaders)
     found = evaluate(pretrained, loaders.test)
     models = {"masked_lm": pretrained}
     numbers = loaders.test.dataset.numbers
-    print(f"\nTEST on {len(numbers):,} numbers never seen: {found['accuracy']:.2%} of the hidden tokens found")
-    for task in ("tagging", "counting"):
-        print(f"\nFINE-TUNING: {task}, {toy_dataset.NUM_TRAIN:,} labelled numbers")
+    print(f"\nTEST on {len(numbers):,} held-out numbers: {found['accuracy']:.2%} masked-token accuracy\n"
+          f"  Loss: {found['loss']:.3f}, and {describe_floor(loaders.test.dataset)}")
+    for task in NUM_CLASSES:
+        print(f"\nFINE-TUNING: {task}, {toy_dataset.NUM_TRAIN:,} labeled numbers")
         loaders = create_dataloaders(task=task)
         models[task], _ = fine_tune(pretrained, loaders, task)
         found = evaluate(models[task], loaders.test)
-        print(f"TEST on {len(numbers):,} numbers never seen: {found['exact_match']:.2%} wholly right, "
+        print(f"TEST on {len(numbers):,} held-out numbers: {found['exact_match']:.2%} exact match, "
               f"{len(found['mistakes'])} wrong")
         for line in answer(models[task], [numbers[i] for i in found["mistakes"][:5]]):
             print("  " + line)
@@ -908,33 +1026,47 @@ def train_and_test() -> dict:
 
 
 def parse_question(text: str) -> int | str:
-    """A number, or a text with masks to fill in. Raises InputError if it is neither."""
+    """A number, or a text of digits and words. Raises InputError if it is neither."""
     if "<" in text or " " in text:
         parse_text(text)
         return text
     return parse_number(text)
 
 
+def tasks_of(question: int | str) -> list[str]:
+    """The tasks whose models answer a question."""
+    if isinstance(question, int):
+        return ["tagging", "counting"]
+    return ["masked_lm"] if "<MASK>" in question else ["matching"]
+
+
 def main(*questions: int | str) -> None:
-    """Without questions: train, test, show. With questions: answer them, with the saved ones if all are there."""
-    if questions and all(checkpoint_of(task).exists() for task in TASKS):
-        models = {task: load(checkpoint_of(task), build_model(task=task)) for task in TASKS}
+    """Without questions: train, test, show. With questions: answer them, with the saved models if they are there."""
+    tasks = {task for question in questions for task in tasks_of(question)}
+    if tasks and all(checkpoint_of(task).exists() for task in tasks):
+        models = {task: load(checkpoint_of(task), build_model(task=task)) for task in tasks}
     else:
         models = train_and_test()
     for question in questions:
-        if isinstance(question, str):
+        if isinstance(question, int):
+            print("\n".join(answer(models[task], [question])[0] for task in tasks_of(question)))
+        elif "<MASK>" in question:
             print(f"{question} -> {fill_in(models['masked_lm'], [question])[0]}")
         else:
-            print(answer(models["tagging"], [question])[0])
-            print(answer(models["counting"], [question])[0])
+            model = models["matching"].eval()
+            label = model(torch.tensor([parse_text(question)], device=get_device())).argmax().item()
+            print(f"{question} -> {describe_labels('matching', [label])}")
     if questions:
         return
-    print("\nEXAMPLES: the masks filled in")
+    print("\nEXAMPLES: masks filled in")
     for text, filled in zip(MASKED_EXAMPLES, fill_in(models["masked_lm"], MASKED_EXAMPLES)):
         print(f"  {text}\n    -> {filled}")
-    print("\nEXAMPLES: what each digit is worth, and how many words the name has")
+    print("\nEXAMPLES: each digit's place value, and the number of words in the name")
     for tags, count in zip(*(answer(models[task], EXAMPLES) for task in ("tagging", "counting"))):
         print(f"  {tags}; {count.partition(' -> ')[2]}")
+    print("\nEXAMPLES: do the digits and the name stand for the same number?\n  "
+          + "\n  ".join(answer(models["matching"], EXAMPLES)))
+    show_neighbors(models)
     show_mask_predict(models["masked_lm"], models["counting"])
     show_pretraining_gain(models["masked_lm"])
     print("\nNext: python encoder_only.py 342 '90210 <SEP> ninety <MASK> two hundred ten', or change a\n"

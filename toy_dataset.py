@@ -28,6 +28,7 @@ architecture, and a padded batch with its mask. To experiment, change a constant
 
 import random
 import sys
+from collections import defaultdict
 from functools import cache
 from typing import NamedTuple
 
@@ -261,6 +262,29 @@ def counting_example(number: int) -> dict:
     return {"ids": to_ids(["<CLS>", *str(number), "<SEP>"]), "count": len(number_to_words(number)) - 1}
 
 
+def matching_example(number: int) -> dict:
+    """Sentence-pair classification: do the digits (sentence A) and the name (sentence B) stand for the same number?
+
+    ids      <CLS> 2 4 3 <SEP> three hundred forty two <SEP>
+    match    0                                    (class 0: no, class 1: yes)
+
+    Half of the pairs match, on average. In the others one digit is replaced, or two digits are exchanged, which leaves
+    the bag of tokens as it is: only the order reveals it (the idea of PAWS, Zhang et al. 2019). The name is always that
+    of `number`, so pairs from different splits are different pairs.
+    """
+    rng = random.Random(number)  # the same pair for the same number, every time
+    match, other = rng.randrange(2), number
+    while not match and (other == number or len(str(other)) < len(str(number))):  # unchanged, or with a leading zero
+        digits = list(str(number))
+        i, j = rng.randrange(len(digits)), rng.randrange(len(digits))
+        if rng.randrange(2):
+            digits[i] = rng.choice(DIGITS)
+        else:
+            digits[i], digits[j] = digits[j], digits[i]
+        other = int("".join(digits))
+    return {"ids": to_ids(["<CLS>", *str(other), "<SEP>", *number_to_words(number), "<SEP>"]), "match": match}
+
+
 def decoder_only_example(number: int, loss_on_prompt: bool = True) -> dict:
     """One sequence, as in GPT: the target of each position is the next token.
 
@@ -351,6 +375,54 @@ def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | 
 
 
 # ======================================================================================================
+# SUMS OVER ALL NUMBERS: for what the best possible model would reach
+# ======================================================================================================
+
+
+def log_sum_over_numbers(scores: torch.Tensor, num_digits: int) -> torch.Tensor:
+    """log of the sum, over the texts x of numbers of num_digits digits, of exp(sum over positions j of scores[j, x_j]).
+
+    scores (B, T, V) -> (B). A text is `<CLS> digits <SEP> words <SEP>` (masked_lm_example), with T tokens in all.
+
+    Not a million terms: a name is made group by group (ninety thousand | two hundred ten), and the groups share nothing
+    but their positions, given by the number of words before. So the sum is over each group's 1,000 values, for each
+    number of words before it: dynamic programming, as in the forward algorithm of hidden Markov models.
+    """
+    num_words = scores.size(1) - num_digits - 3  # <CLS> and two <SEP>
+    sums = {0: scores.new_zeros(len(scores))}    # number of words so far -> log of the sum over the groups so far, (B)
+    for start, end, values in digit_groups(num_digits):
+        terms = defaultdict(list)
+        for before, log_sum in sums.items():
+            first = 2 + num_digits + before                                             # position of the next word
+            for count, tokens in values.items():                                        # (N, digits + count)
+                if before + count <= num_words:
+                    positions = [*range(1 + start, 1 + end), *range(first, first + count)]
+                    total = scores[:, positions, tokens].sum(dim=-1)                    # (B, N)
+                    terms[before + count].append(log_sum + total.logsumexp(dim=1))
+        sums = {words: torch.stack(logs).logsumexp(dim=0) for words, logs in terms.items()}
+    return sums[num_words]
+
+
+@cache
+def digit_groups(num_digits: int) -> list[tuple[int, int, dict[int, torch.Tensor]]]:
+    """The digits that are named together, three at most: where they start and end, and their possible values.
+
+    The values are given by number of words, as ids (N, digits + words): with two words, `2 0 0 two hundred` among them.
+    """
+    groups, start = [], 0
+    while start < num_digits:
+        end = start + (num_digits - start - 1) % 3 + 1
+        lowest = 10 ** (end - 1) if start == 0 and num_digits > 1 else 0  # no leading zeros
+        rows = defaultdict(list)
+        for value in range(lowest, 10 ** (end - start)):
+            words = number_to_words(value * 10 ** (num_digits - end)) if value or num_digits == 1 else []
+            rows[len(words)].append(to_ids([*str(value).zfill(end - start), *words]))
+        groups.append((start, end, {count: torch.tensor(ids) for count, ids in rows.items()}))
+        start = end
+    return groups
+
+
+# ======================================================================================================
 # FOR SCRIPTS
 # ======================================================================================================
 
@@ -426,6 +498,10 @@ def main():
         row("ids", example["ids"])
         print("    places  " + " ".join("-" if p == IGNORE else PLACES[p] for p in example["places"]))
         print(f"    count   {counting_example(number)['count'] + 1}")
+        print("   encoder-only, matching: do the digits and the name stand for the same number?")
+        example = matching_example(number)
+        row("ids", example["ids"])
+        print(f"    match   {['no', 'yes'][example['match']]}")
         print("   decoder-only: each position predicts the next token")
         for field, ids in decoder_only_example(number).items():
             row(field, ids)

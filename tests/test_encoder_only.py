@@ -1,4 +1,6 @@
-"""Masking, heads, fine-tuning, filling in, mask-predict."""
+"""Masking, the best possible predictor, heads, fine-tuning, filling in, mask-predict."""
+
+from collections import Counter
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import toy_dataset
 from toy_dataset import CLS_ID, IGNORE, MASK_ID, PAD_ID, SEP_ID, SPECIAL_TOKENS, VOCABULARY, InputError
 
 TASKS = list(bert.TASKS)
+FINE_TUNING_TASKS = list(bert.NUM_CLASSES)
 
 
 def text_of(number):
@@ -93,24 +96,137 @@ def test_evaluation_hides_the_same_tokens_each_time(trained_encoder):
     assert 0 < found["exact_match"] < found["accuracy"] < 1
 
 
+# --- the best possible predictor ---
+
+
+def enumerate_texts(num_digits, num_words):
+    """The texts of all numbers with so many digits and words: (N, T)."""
+    first = 10 ** (num_digits - 1) if num_digits > 1 else 0
+    examples = [toy_dataset.masked_lm_example(number)["ids"] for number in range(first, 10**num_digits)]
+    return torch.tensor([ids for ids in examples if len(ids) == num_digits + num_words + 3])
+
+
+def posterior_by_enumeration(c, j, texts):
+    """P(x_j = t | c, j chosen) for each token t, by Bayes' rule in plain loops over all texts."""
+    others = len(VOCABULARY) - len(SPECIAL_TOKENS)
+    posterior = torch.zeros(len(VOCABULARY), dtype=torch.float64)
+    for x in texts.tolist():
+        p = 1.0
+        for i, (seen, true) in enumerate(zip(c, x)):
+            if true < len(SPECIAL_TOKENS):
+                continue
+            chosen = 0.15 * (0.8 if seen == MASK_ID else 0.1 / others + 0.1 * (seen == true))
+            p *= chosen if i == j else chosen + 0.85 * (seen == true)
+        posterior[x[j]] += p
+    return posterior / posterior.sum()
+
+
+@pytest.mark.parametrize("number", [0, 7, 40, 342, 600, 1010])
+def test_the_best_possible_predictor_is_bayes_rule_over_all_numbers(number):
+    ids, generator = text_of(number), torch.Generator().manual_seed(number)
+    texts = enumerate_texts(len(str(number)), len(toy_dataset.number_to_words(number)))
+    corrupted = ids.repeat(2, 1)
+    while (corrupted == ids).all():  # one text as drawn, and one with most tokens replaced
+        corrupted[0] = bert.mask_tokens(ids, generator)[0]
+    kept = (ids < len(SPECIAL_TOKENS)) | (torch.rand(ids.shape, generator=generator) < 0.3)
+    corrupted[1] = torch.where(kept, ids, 20)
+    probabilities = bert.BayesOptimalPredictor()(corrupted).softmax(dim=-1)
+    for row, c in zip(probabilities, corrupted.tolist()):
+        for j in (ids[0] >= len(SPECIAL_TOKENS)).nonzero().flatten().tolist():
+            torch.testing.assert_close(row[j].double(), posterior_by_enumeration(c, j, texts), atol=1e-4, rtol=1e-3)
+
+
+def test_the_sum_over_all_numbers_counts_them():
+    def count(num_digits, num_words):
+        scores = torch.zeros(1, num_digits + num_words + 3, len(VOCABULARY))
+        return toy_dataset.log_sum_over_numbers(scores, num_digits).exp().item()
+
+    for num_digits in range(1, 5):
+        numbers = range(10 ** (num_digits - 1) if num_digits > 1 else 0, 10**num_digits)
+        for num_words, expected in Counter(len(toy_dataset.number_to_words(number)) for number in numbers).items():
+            assert count(num_digits, num_words) == pytest.approx(expected, rel=1e-4)
+    assert sum(count(6, num_words) for num_words in range(3, 10)) == pytest.approx(900_000, rel=1e-4)
+
+
+def test_the_best_possible_predictor_is_as_often_right_as_it_expects_to_be():
+    """So it holds for the corruption that mask_tokens draws, masked tokens and others alike."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(100_000, 1_000_000, (4000,), generator=generator).tolist()
+    ids = toy_dataset.pad_batch([toy_dataset.masked_lm_example(number) for number in numbers])["ids"]
+    corrupted, targets = bert.mask_tokens(ids, generator)
+    confidence, best = bert.BayesOptimalPredictor()(corrupted).softmax(dim=-1).max(dim=-1)
+    for asked in ((targets != IGNORE) & (corrupted == MASK_ID), (targets != IGNORE) & (corrupted != MASK_ID)):
+        right = (best == targets)[asked].float()
+        assert right.mean().item() == pytest.approx(confidence[asked].mean().item(), abs=3 * (0.25 / len(right)) ** 0.5)
+
+
+def test_no_model_does_better_than_the_best_possible_predictor_on_the_same_masks(trained_encoder):
+    loader = bert.create_dataloaders().validation
+    found, best = bert.evaluate(trained_encoder, loader), bert.evaluate(bert.BayesOptimalPredictor(), loader)
+    assert found["loss"] > best["loss"] and found["accuracy"] < best["accuracy"]
+    assert bert.describe_floor(loader.dataset).startswith(f"{best['loss']:.3f}")
+
+
 # --- fine-tuning ---
 
 
-@pytest.mark.parametrize("task", ["tagging", "counting"])
+def test_half_of_the_pairs_match_and_the_others_differ_in_one_digit_or_the_order_of_two():
+    numbers = toy_dataset.make_splits().validation
+    matches = same_bag = 0
+    for number in numbers:
+        example = toy_dataset.matching_example(number)
+        assert example == toy_dataset.matching_example(number)
+        digits, _, words = " ".join(toy_dataset.to_tokens(example["ids"][1:-1])).partition(" <SEP> ")
+        other = toy_dataset.parse_number(digits.replace(" ", ""))
+        assert toy_dataset.words_to_number(words.split()) == number and example["match"] == (other == number)
+        different = [pair for pair in zip(str(other), str(number)) if len(set(pair)) == 2]
+        assert len(str(other)) == len(str(number)) and len(different) <= 2
+        if len(different) == 2:
+            assert different[0] == different[1][::-1]
+        matches += example["match"]
+        same_bag += len(different) == 2
+    assert matches / len(numbers) == pytest.approx(0.5, abs=0.05)
+    assert same_bag / (len(numbers) - matches) > 0.3
+
+
+@pytest.mark.parametrize("task", FINE_TUNING_TASKS)
 def test_fine_tuning_starts_from_the_pretrained_encoder_and_a_new_head(task):
     pretrained = tiny(bert)
     model = bert.build_fine_tuned(pretrained, task).eval()
     assert model.encode(text_of(342)).equal(pretrained.encode(text_of(342)))
-    assert model(text_of(342)).shape[-1] == {"tagging": toy_dataset.MAX_DIGITS, "counting": toy_dataset.MAX_WORDS}[task]
+    assert model(text_of(342)).shape[-1] == bert.NUM_CLASSES[task]
 
 
-def test_fine_tuning_takes_as_many_steps_for_few_labels_as_for_many(monkeypatch):
-    monkeypatch.setattr(bert, "FINE_TUNING_STEPS", 12)
+def test_fine_tuning_takes_as_many_steps_for_few_labels_as_for_many():
     pretrained = tiny(bert)
-    for num_train in (64, 512):
+    for num_train in (10, 200, 512):
         loaders = bert.create_dataloaders(64, 0, "tagging", num_train)
-        _, history = bert.fine_tune(pretrained, loaders, "tagging", 1, tqdm(disable=True, total=1))
-        assert 12 <= len(history) < 12 + len(loaders.train)
+        _, history = bert.fine_tune(pretrained, loaders, "tagging", 12, 1e-3, 1, tqdm(disable=True, total=1))
+        assert [entry["step"] for entry in history] == list(range(1, 13))
+
+
+def test_wrong_labels_are_marked_with_the_correct_ones():
+    model = tiny(bert, task="matching")
+    with torch.no_grad():
+        model.head.bias.copy_(torch.tensor([-1e3, 1e3]))  # finds that everything matches
+    for number in range(100, 120):
+        said, _, truth = bert.answer(model, [number])[0].partition("\n    WRONG: ")
+        assert said.endswith("-> the same number")
+        assert truth == ("" if toy_dataset.matching_example(number)["match"] else "different numbers")
+
+
+def test_typed_numbers_are_labeled_masks_filled_in_and_pairs_compared(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bert, "CHECKPOINT", tmp_path / "encoder_only.pt")
+    for task in TASKS:
+        bert.save(bert.build_model(task=task), bert.checkpoint_of(task))
+    bert.main(342, "342 <SEP> three <MASK> forty two", "342 <SEP> three hundred forty seven")
+    lines = capsys.readouterr().out.splitlines()
+    places, count, filled, pair = (line for line in lines if "WRONG" not in line)
+    assert places.count(", ") == 2 and " word" in count and "three [" in filled
+    assert pair.startswith("342 <SEP> three hundred forty seven -> ") and "number" in pair
+    bert.checkpoint_of("matching").unlink()
+    bert.main(342)  # needs two of the models only
+    assert capsys.readouterr().out.count("342 -> ") == 2
 
 
 def test_tagging_is_learned_in_seconds():
@@ -175,7 +291,7 @@ def test_a_typed_text_becomes_what_the_model_was_trained_on():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("342 <SEP> three frog <MASK>", "'frog'"), ("342 <SEP> three", "no <MASK>"), ("342 <MASK>", "not of the form"),
+    ("342 <SEP> three frog <MASK>", "'frog'"), ("342 <MASK>", "not of the form"),
     ("1 <SEP> " + "<MASK> " * 99, "not of the form")])
 def test_texts_that_cannot_be_filled_in_are_refused(text, message):
     with pytest.raises(InputError, match=message):
