@@ -5,14 +5,13 @@
 Draws every picture of the README into figures/ and prints the title of each. A title is one sentence that states the
 picture's point. Its numbers are computed from what is drawn, so it stays true when a constant or the seed changes.
 
-The numbers come from the models themselves: from their checkpoints where these fit today's constants, otherwise from a
-shorter training run on the spot. Together with two undertrained models and two deep ones that takes about a minute on
-two CPU cores. The measurements of compare_architectures.py are read from figures/comparison.json. If that file is
-missing or belongs to other constants, the comparison runs first, which takes minutes.
+The models come from their checkpoints where these fit today's constants, otherwise from a shorter training run on the
+spot: with the undertrained and the deep models, about a minute on two CPU cores. The measurements of
+compare_architectures.py are read from figures/comparison.json. If that file is missing or belongs to other constants,
+the comparison runs first, which takes minutes. The same seed gives the same pictures, byte for byte (on one machine,
+with the same versions of PyTorch and Matplotlib).
 
-For most pictures one function computes the numbers and can be used without drawing, and one function draws them. To
-experiment, change NUMBER or SHORT_NUMBER below, or a constant at the top of an architecture file, and run this again.
-The same seed gives the same pictures, byte for byte (on one machine, with the same versions of PyTorch and Matplotlib).
+To experiment, change NUMBER or SHORT_NUMBER, or a constant at the top of an architecture file, and run this again.
 """
 
 import json
@@ -73,6 +72,7 @@ MODULES = {"encoder_only": encoder_only, "decoder_only": decoder_only, "encoder_
 EXAMPLES = {encoder_only.EncoderOnlyTransformer: toy_dataset.masked_lm_example,
             decoder_only.DecoderOnlyTransformer: toy_dataset.decoder_only_example,
             encoder_decoder.EncoderDecoderTransformer: toy_dataset.encoder_decoder_example}
+WORD_KINDS = {"ones": toy_dataset.ONES[1:10], "teens": toy_dataset.ONES[10:], "tens": toy_dataset.TENS}
 
 
 class Trained(NamedTuple):
@@ -126,28 +126,6 @@ def largest_weights(sizes: list[int], num_queries=256) -> tuple[list[float], lis
     return unscaled, scaled
 
 
-def learning_rates() -> dict:
-    """The learning rate at each step of each architecture's own training, from its own constants and function."""
-    rates = {}
-    for name, module in MODULES.items():
-        num_steps = module.NUM_EPOCHS * math.ceil(len(toy_dataset.make_splits().train) / module.BATCH_SIZE)
-        rates[name] = [module.learning_rate_at(step, num_steps) for step in range(num_steps)]
-    return rates
-
-
-def describe_layer(layer: nn.Module) -> list[tuple[str, str, int]]:
-    """A layer's sublayers from input to output: name, size and number of parameters, read from its modules."""
-    found = []
-    for name, part in layer.named_children():
-        parameters = sum(p.numel() for p in part.parameters())
-        if name == "feed_forward":
-            found.append(("feed-forward", f"{part.expand.out_features} hidden units", parameters))
-        elif name.endswith("attention"):
-            kind = "cross-attention" if name == "cross_attention" else "self-attention"
-            found.append((kind, f"{part.num_heads} heads of {part.query.out_features // part.num_heads}", parameters))
-    return found
-
-
 class PostNormLayer(encoder_only.EncoderLayer):
     """The same two sublayers as in Vaswani et al. 2017: the norm follows the sum, on the residual stream itself."""
 
@@ -158,13 +136,12 @@ class PostNormLayer(encoder_only.EncoderLayer):
 
 def build_deep_model(post_norm: bool, depth=DEPTH):
     """A deep, narrow masked LM: pre-norm as in encoder_only.py, or post-norm with exactly the same initial weights."""
-    sizes = {"d_model": 32, "num_heads": 4, "d_ff": 128, "dropout": 0.0}
     torch.manual_seed(SEED)
-    model = encoder_only.build_model(num_layers=depth, **sizes).cpu()
+    model = encoder_only.build_model(d_model=32, num_layers=depth, num_heads=4, d_ff=128, dropout=0.0).cpu()
     if post_norm:
-        layers = nn.ModuleList(PostNormLayer(**sizes) for _ in range(depth))
-        layers.load_state_dict(model.layers.state_dict())
-        model.layers, model.final_norm = layers, nn.Identity()  # the last layer already ends in a norm
+        for layer in model.layers:
+            layer.__class__ = PostNormLayer  # the same modules, another forward()
+        model.final_norm = nn.Identity()     # the last layer already ends in a norm
     return model
 
 
@@ -196,30 +173,24 @@ def gradient_flow(num_steps=DEEP_STEPS, depth=DEPTH, progress=None) -> dict:
 # ======================================================================================================
 
 
-class PairMap(NamedTuple):
-    """A number for each pair of tokens: how much an output or query (row) depends on an input or key (column)."""
-
-    rows: list[str]
-    columns: list[str]
-    weights: torch.Tensor  # attention: (layers, H, T, S), rows sum to 1; influence: (T, S)
-
-
 @torch.no_grad()
-def attention_maps(model, number: int) -> dict[str, PairMap]:
-    """All attention weights of a model that reads a number's text: one entry per stack, and "cross" between stacks."""
+def attention_maps(model, number: int) -> dict[str, tuple]:
+    """All attention weights of a model that reads a number's text: stack -> (queries, keys, weights (layers, H, T, S)).
+
+    The stacks are "layers", or "encoder" and "decoder" with "cross" between them.
+    """
     example = toy_dataset.pad_batch([EXAMPLES[type(model)](number)])
     self_maps, encoder_maps, cross_maps = [], [], []
     if "source" not in example:
         model(example["ids"], attention_maps=self_maps)
         tokens = tokens_of(example["ids"][0])
-        return {"layers": PairMap(tokens, tokens, torch.cat(self_maps))}
+        return {"layers": (tokens, tokens, torch.cat(self_maps))}
     memory = model.encode(example["source"], encoder_maps)
     model.decode(example["target"], memory, example["source"], None, self_maps, cross_maps)
     source, target = tokens_of(example["source"][0]), tokens_of(example["target"][0])
     predicted = [*target[1:], "<EOS>"]  # a row of cross-attention is named after the word that it helps to predict
-    return {"encoder": PairMap(source, source, torch.cat(encoder_maps)),
-            "decoder": PairMap(target, target, torch.cat(self_maps)),
-            "cross": PairMap(predicted, source, torch.cat(cross_maps))}
+    return {"encoder": (source, source, torch.cat(encoder_maps)), "decoder": (target, target, torch.cat(self_maps)),
+            "cross": (predicted, source, torch.cat(cross_maps))}
 
 
 def digit_word_pairs(number: int) -> list[tuple[int, int]]:
@@ -233,11 +204,6 @@ def share_on_cells(weights: torch.Tensor, cells: list[tuple[int, int]]) -> torch
     """The share of the attention in the rows of some cells (row, column) that lies on these: (..., T, S) -> (...)."""
     rows, columns = zip(*cells)
     return weights[..., rows, columns].sum(dim=-1) / len(set(rows))
-
-
-def prompt_before_last_word(number: int) -> list[str]:
-    """A number and its name, except for the last word: `<SOS> 9 0 2 1 0 <SEP> ninety thousand two hundred`."""
-    return ["<SOS>", *str(number), "<SEP>", *number_to_words(number)[:-1]]
 
 
 def next_token_distributions(model, prompt: list[str]) -> dict[str, torch.Tensor]:
@@ -254,9 +220,6 @@ def next_token_distributions(model, prompt: list[str]) -> dict[str, torch.Tensor
         "top-p 0.9": decoder_only.keep_top_p(logits, 0.9),
     }
     return {name: chosen[0].softmax(dim=-1) for name, chosen in strategies.items()}
-
-
-WORD_KINDS = {"ones": toy_dataset.ONES[1:10], "teens": toy_dataset.ONES[10:], "tens": toy_dataset.TENS}
 
 
 def principal_components(vectors: torch.Tensor, num=2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,11 +240,11 @@ def share_beside_own_kind(vectors: torch.Tensor, kinds: torch.Tensor) -> float:
     return (kinds[distances.argmin(dim=1)] == kinds).float().mean().item()
 
 
-def influence(model, number: int) -> PairMap:
-    """How sensitive each output is to each input: the Frobenius norm of d logits_t / d embedding_s, by autograd. (T, S)
+def influence(model, number: int) -> tuple[list[str], list[str], torch.Tensor]:
+    """How sensitive each output is to each input: outputs, inputs, and norms (T, S) of d logits_t / d embedding_s.
 
-    Attention weights describe one layer; this derivative follows every path through all of them. It is exactly 0 where
-    the masks leave no path.
+    Attention weights describe one layer; this derivative follows every path through all of them, and is exactly 0 where
+    the masks leave no path. The norm is the Frobenius norm of the (V, C) derivative.
     """
     inputs = []
 
@@ -290,21 +253,16 @@ def influence(model, number: int) -> PairMap:
         return inputs[-1]
 
     example = toy_dataset.pad_batch([EXAMPLES[type(model)](number)])
+    texts = [example[name] for name in ("ids", "source", "target") if name in example]  # ids, or source and target
     handle = model.embedding.register_forward_hook(watch)
-    if "source" in example:
-        logits = model(example["source"], example["target"])
-        rows, columns = example["target"][0], torch.cat([example["source"], example["target"]], dim=1)[0]
-    else:
-        logits = model(example["ids"])
-        rows = columns = example["ids"][0]
+    logits = model(*texts)                                                                      # (1, T, V)
     handle.remove()
-    # One backward pass per logit, batched for each position: row v of the identity selects logit v.
-    every_logit = torch.eye(logits.size(-1))
     norms = []
-    for t in range(len(rows)):
-        gradients = torch.autograd.grad(logits[0, t], inputs, every_logit, retain_graph=True, is_grads_batched=True)
+    for t in range(logits.size(1)):  # one backward pass per logit, batched: row v of the identity selects logit v
+        gradients = torch.autograd.grad(logits[0, t], inputs, torch.eye(logits.size(2)), retain_graph=True,
+                                        is_grads_batched=True)                                  # (V, 1, S, C) each
         norms.append(torch.cat(gradients, dim=2).square().sum(dim=(0, 1, 3)).sqrt())            # (S)
-    return PairMap(tokens_of(rows), tokens_of(columns), torch.stack(norms))
+    return tokens_of(texts[-1][0]), tokens_of(torch.cat(texts, dim=1)[0]), torch.stack(norms)
 
 
 @torch.no_grad()
@@ -321,8 +279,8 @@ def beam_steps(model, number: int, width: int, num_steps: int) -> list[dict[tupl
         for text, log_prob in unfinished.items():
             logits = model.decode(torch.tensor([[SOS_ID, *to_ids(list(text))]]), memory, source)[0, -1]
             logits[PAD_ID] = -math.inf
-            for word, word_log_prob in zip(VOCABULARY, logits.log_softmax(dim=-1).tolist()):
-                candidates[(*text, word)] = log_prob + word_log_prob
+            log_probs = logits.log_softmax(dim=-1).tolist()
+            candidates |= {(*text, word): log_prob + more for word, more in zip(VOCABULARY, log_probs)}
         ranked = sorted(candidates, key=candidates.get, reverse=True)
         ended = [text for text in ranked[:width] if text[-1] == "<EOS>"]
         unfinished = {text: candidates[text] for text in [t for t in ranked if t[-1] != "<EOS>"][:width]}
@@ -330,50 +288,30 @@ def beam_steps(model, number: int, width: int, num_steps: int) -> list[dict[tupl
     return steps
 
 
-class Search(NamedTuple):
-    """One number's name as greedy search and beam search find it, and all that the beam search kept, by step."""
+def compare_searches(model, numbers: list[int], width=BEAM_WIDTH) -> tuple[dict, list[float]]:
+    """Greedy search and beam search on some numbers: an example to draw, and each search's share of correct names.
 
-    number: int
-    greedy: tuple[str, ...]
-    beam: tuple[str, ...]
-    steps: list[dict[tuple, float]]
-
-    def probabilities(self) -> tuple[float, float]:
-        """Of greedy search's text (0 if the beam search dropped it on the way) and of the beam search's."""
-        texts = {text: math.exp(log_prob) for step in self.steps for text, log_prob in step.items()}
-        return texts.get(self.greedy, 0.0), texts[self.beam]
-
-    def num_steps_led(self) -> int:
-        """How many steps pass before the beam search ranks its result above greedy search's, or drops the latter."""
-        for length, step in enumerate(self.steps):
-            if step.get(self.beam[: length + 1], -math.inf) > step.get(self.greedy[: length + 1], -math.inf):
-                return length
-        return len(self.steps)
-
-
-def compare_searches(model, numbers: list[int], width=BEAM_WIDTH) -> tuple[Search, dict[str, float]]:
-    """Both searches for some numbers: the example to draw, and the share of correct names of each search.
-
-    Drawn is an example that fits the picture, in which the beam search is correct, greedy search is not, and the beam
-    search keeps greedy search's text to the end. Of several, the one with the largest ratio of their probabilities.
+    The example is, of the numbers that only beam search names correctly, the one where its text is the most times as
+    probable as greedy search's. It holds both texts, the beam search's steps, this ratio (0 if the beam has dropped
+    greedy search's text), and behind: how many steps pass before beam search ranks its text above greedy search's.
     """
     sources = [encoder_decoder.make_source(number) for number in numbers]
-    both = (encoder_decoder.generate(model, sources, temperature=0.0),
-            encoder_decoder.beam_search(model, sources, width)[0][:, 0])
-    greedy, beam = ([tuple(to_tokens(ids)) for ids in texts.tolist()] for texts in both)
+    results = (encoder_decoder.generate(model, sources, temperature=0.0),
+               encoder_decoder.beam_search(model, sources, width)[0][:, 0])
+    greedy, beam = ([tuple(to_tokens(ids)) for ids in texts.tolist()] for texts in results)
     correct = [(*number_to_words(number), "<EOS>") for number in numbers]
+    rows = [row for row in zip(numbers, greedy, beam, correct) if row[1] != row[2] == row[3]]
+    rows = [row for row in rows if max(map(len, row[1:])) <= 7]  # longer ones do not fit the picture
     examples = []
-    for number, g, b, c in zip(numbers, greedy, beam, correct):
-        if g != b == c and max(len(g), len(b)) <= 7:
-            search = Search(number, g, b, beam_steps(model, number, width, max(len(g), len(b))))
-            if min(search.probabilities()) > 0:
-                examples.append(search)
-    if not examples:  # a model that is trained too little, or too well
-        num_steps = max(len(greedy[0]), len(beam[0]))
-        examples = [Search(numbers[0], greedy[0], beam[0], beam_steps(model, numbers[0], width, num_steps))]
-    shares = {name: sum(map(tuple.__eq__, texts, correct)) / len(numbers)
-              for name, texts in (("greedy", greedy), ("beam", beam))}
-    return max(examples, key=lambda search: search.probabilities()[1] / (search.probabilities()[0] or 1)), shares
+    for number, g, b, _ in rows or [(numbers[0], greedy[0], beam[0], correct[0])]:
+        steps = beam_steps(model, number, width, max(len(g), len(b)))
+        ahead = [step.get(b[:n], -math.inf) > step.get(g[:n], -math.inf) for n, step in enumerate(steps, start=1)]
+        ratio = math.exp(steps[len(b) - 1][b] - steps[len(g) - 1].get(g, math.inf))
+        examples.append({"number": number, "greedy": g, "beam": b, "steps": steps, "ratio": ratio,
+                         "behind": [*ahead, True].index(True)})
+    shares = [sum(map(tuple.__eq__, texts, correct)) / len(numbers) for texts in (greedy, beam)]
+    return max(examples, key=lambda example: example["ratio"]), shares
+
 
 
 # ======================================================================================================
@@ -394,16 +332,30 @@ def legend_above(axes, ncols: int, left=-0.02) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(left, 1.0), ncols=ncols)
 
 
+def draw_lines(title: str, note: str, lines: list[tuple], ncols: int, **settings):
+    """A picture of lines (xs, ys, format, settings), with its legend. Returns the figure and its axes."""
+    figure = new_figure(title, 4.4, note)
+    axes = figure.subplots()
+    for xs, ys, form, line in lines:
+        axes.plot(xs, ys, form, **line)
+    axes.set(**settings)
+    legend_above(axes, ncols)
+    return figure, axes
+
+
 def shades(color: str) -> LinearSegmentedColormap:
     """White for 0, then the color, and for 1 a dark shade of it: larger is darker, in grayscale as well."""
     return LinearSegmentedColormap.from_list("", ["white", color, [0.35 * channel for channel in to_rgb(color)]])
 
 
-def draw_map(axes, values, rows: list[str], columns: list[str], color: str):
-    """A matrix of shares as colored cells, first row on top, each row and column labeled; cells of exactly 0 hatched."""
+def draw_map(axes, values, rows: list[str], columns: list[str], color: str, boxed=(), frame=1.2):
+    """A matrix of shares as colored cells, first row on top, with its tokens. Hatched: exactly 0. Framed: boxed."""
     mesh = axes.pcolormesh(values, cmap=shades(color), vmin=0, vmax=1, edgecolors=PALE, linewidth=0.5)
     for row, column in (values == 0).nonzero().tolist():
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", linewidth=0))
+    for row, column in boxed:
+        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=INK, linewidth=frame, zorder=3,
+                                 clip_on=False))
     axes.set_aspect("equal")
     axes.invert_yaxis()
     axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=90)
@@ -412,13 +364,6 @@ def draw_map(axes, values, rows: list[str], columns: list[str], color: str):
     axes.grid(visible=False)
     axes.spines[:].set(visible=True, color=PALE)
     return mesh
-
-
-def box_cells(axes, cells: list[tuple[int, int]], width: float) -> None:
-    """Frames around some cells (row, column) of a map."""
-    for row, column in cells:
-        axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=INK, linewidth=width, zorder=3,
-                                 clip_on=False))
 
 
 def percent(share: float) -> str:
@@ -472,9 +417,9 @@ def draw_stack(axes, left: float, model, stack: str, reads: str, writes: str, co
 
     Returns the height at which each sublayer stands, and the height of the top.
     """
-    attention = attention_maps(model, SHORT_NUMBER)[stack].weights  # what it may attend to is measured, not assumed
-    reach = {"self-attention": "causal" if attention.triu(1).sum() == 0 else "bidirectional",
-             "cross-attention": "over the source"}
+    attention = attention_maps(model, SHORT_NUMBER)[stack][2]  # what it may attend to is measured, not assumed
+    reach = {"self-attention": ["causal" if attention.triu(1).sum() == 0 else "bidirectional"],
+             "cross-attention": ["over the source"]}
     layers = getattr(model, stack)
     V, C = model.embedding.weight.shape
     middle, road, heights = left + 0.76, left + 1.62, {}  # of the sublayers, and of the residual stream beside them
@@ -482,11 +427,16 @@ def draw_stack(axes, left: float, model, stack: str, reads: str, writes: str, co
     draw_path(axes, (middle, 0.35), (middle, 0.5))
     draw_box(axes, left + 0.05, 0.5, 1.64, ["embedding", f"{V} x {C} = {V * C:,}", "+ position"], color)
     y = 1.47
-    for name, size, parameters in describe_layer(layers[0]):  # x = x + sublayer(norm(x))
+    for name, part in layers[0].named_children():  # each is drawn as forward() has it: x = x + sublayer(norm(x))
+        if "norm" in name or "dropout" in name:
+            continue
+        name = {"attention": "self-attention"}.get(name, name.replace("_", "-"))
+        size = (f"d_ff = {part.expand.out_features}" if name == "feed-forward" else
+                f"{part.num_heads} heads of {part.query.out_features // part.num_heads}")
         draw_path(axes, (road, y), (middle, y), (middle, y + 0.12))
         draw_box(axes, middle - 0.3, y + 0.12, 0.6, ["norm"], GRAY)
         draw_path(axes, (middle, y + 0.37), (middle, y + 0.5))
-        lines = [name, size, *([reach[name]] if name in reach else []), f"{parameters:,}"]
+        lines = [name, size, *reach.get(name, []), f"{sum(p.numel() for p in part.parameters()):,}"]
         height = draw_box(axes, middle - 0.73, y + 0.5, 1.46, lines, color)
         heights[name] = y + 0.5 + height / 2
         y += 0.62 + height
@@ -541,8 +491,8 @@ def draw_positional_encoding(table: torch.Tensor) -> Figure:
     far = table.size(0) // 4
     shown = {far: (INK, "-"), table.size(0) * 5 // 8: (PURPLE, "--")}
     similarity = {position: F.cosine_similarity(table, table[position], dim=-1) for position in shown}
-    title = (f"Each position has its own pattern, most similar to those nearby: cosine {similarity[far][far + 1]:.2f} at "
-             f"distance 1, {similarity[far][0]:.2f} at distance {far}")
+    title = (f"Nearby positions have similar encodings: cosine {similarity[far][far + 1]:.2f} at distance 1, "
+             f"{similarity[far][0]:.2f} at distance {far}")
     figure = new_figure(title, 7)
     above, below = figure.subplots(2, 1, height_ratios=[1.4, 1])
     mesh = above.pcolormesh(table, cmap="PuOr", vmin=-1, vmax=1)
@@ -558,8 +508,9 @@ def draw_positional_encoding(table: torch.Tensor) -> Figure:
 
 def draw_masks(masks: dict) -> Figure:
     """masks: as example_masks returns them."""
-    figure = new_figure("A padding mask hides padding, a causal mask the future; decoder self-attention needs both", 7.4,
-                        "Row: query. Filled: the keys it may attend to. Drawn for 42, padded beside 342 in one batch.")
+    title = "A padding mask hides padding, a causal mask the future; decoder self-attention needs both"
+    figure = new_figure(title, 7.4,
+                        "Rows: queries. Filled: the keys they may attend to. Drawn for 42, padded beside 342.")
     colors = [ENCODER_ONLY, DECODER_ONLY, DECODER_ONLY, ENCODER_DECODER]
     for axes, color, (name, (mask, rows, columns)) in zip(figure.subplots(2, 2).flat, colors, masks.items()):
         axes.set_title(name)
@@ -569,74 +520,73 @@ def draw_masks(masks: dict) -> Figure:
 
 def draw_softmax_scaling(sizes: list[int], unscaled: list[float], scaled: list[float]) -> Figure:
     """sizes: d_k; unscaled and scaled: as largest_weights returns them."""
-    title = (f"At d_k = {sizes[-1]} the largest of {NUM_KEYS} attention weights averages {percent(unscaled[-1])} without "
-             f"1/sqrt(d_k), {percent(scaled[-1])} with it")
-    figure = new_figure(title, 4.4, "Random queries and keys, similar to those of an untrained model.")
-    axes = figure.subplots()
-    axes.plot(sizes, unscaled, "o-", color=PURPLE, label="softmax(q k)")
-    axes.plot(sizes, scaled, "s-", color=INK, label="softmax(q k / sqrt(d_k))")
+    title = (f"At d_k = {sizes[-1]} the largest of {NUM_KEYS} attention weights averages {percent(unscaled[-1])} "
+             f"without 1/sqrt(d_k), {percent(scaled[-1])} with it")
+    lines = [(sizes, unscaled, "o-", {"color": PURPLE, "label": "softmax(q k)"}),
+             (sizes, scaled, "s-", {"color": INK, "label": "softmax(q k / sqrt(d_k))"})]
+    figure, axes = draw_lines(title, "Random queries and keys, similar to those of an untrained model.", lines, 2,
+                              xlabel="d_k, dimensions of a query and a key", ylabel="largest weight (mean)",
+                              ylim=(0, 1.02))
     axes.axhline(1 / NUM_KEYS, color=GRAY, linewidth=1.2, linestyle=":")
     axes.text(sizes[-1], 1 / NUM_KEYS + 0.015, "all keys equal", ha="right", va="bottom", color=GRAY)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="d_k, dimensions of a query and a key", ylabel="largest weight (mean)", ylim=(0, 1.02))
     axes.set_yticks(**PERCENT_TICKS)
-    legend_above(axes, ncols=2)
     return figure
 
 
-def draw_learning_rate_schedule(rates: dict) -> Figure:
-    """rates: as learning_rates returns them."""
+def draw_learning_rate_schedule() -> Figure:
+    """The learning rate at each step of each file's own training, from its own constants and function."""
+    rates = {}
+    for name, module in MODULES.items():
+        num_steps = module.NUM_EPOCHS * math.ceil(len(toy_dataset.make_splits().train) / module.BATCH_SIZE)
+        rates[name] = [module.learning_rate_at(step, num_steps) for step in range(num_steps)]
     warmups = sorted({values.index(max(values)) + 1 for values in rates.values()})
     title = f"Linear warmup for {' or '.join(map(str, warmups))} steps, then cosine decay to the end of training"
-    figure = new_figure(title, 4.2, "Computed by each file's own learning_rate_at, from its own constants.")
-    axes = figure.subplots()
-    for (name, values), dashes in zip(rates.items(), ("-", (0, (3, 3)), "-")):  # dashed: it may cover the first
-        axes.plot(range(1, len(values) + 1), values, color=COLORS[name], linestyle=dashes, label=NAMES[name])
-    axes.set(xlabel="training step", ylabel="learning rate", ylim=(0, None))
+    lines = [(range(1, len(values) + 1), values, dashes, {"color": COLORS[name], "label": NAMES[name]})
+             for (name, values), dashes in zip(rates.items(), ("-", "--", "-"))]  # dashed: it may cover the first
+    figure, axes = draw_lines(title, "Computed by each file's own learning_rate_at, from its own constants.", lines, 3,
+                              xlabel="training step", ylabel="learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="plain")
-    legend_above(axes, ncols=3)
     return figure
 
 
 def draw_gradient_flow(found: dict) -> Figure:
     """found: as gradient_flow returns it."""
     num_steps = max(steps for _, steps in found)
-    ratios = {name: norms[0] / norms[-1] for (name, steps), norms in found.items() if steps == num_steps}
     depth = len(found["pre-norm", 0])
-    title = (f"After {num_steps} steps the gradient of layer 1 is {times(ratios['post-norm'])} that of layer {depth} with "
-             f"post-norm, {times(ratios['pre-norm'])} that with pre-norm")
-    note = "The gradient of all parameters of a layer. Both models: same initial weights, same data."
-    figure = new_figure(title, 4.6, note)
-    axes = figure.subplots()
+    post, pre = (times(found[name, num_steps][0] / found[name, num_steps][-1]) for name in ("post-norm", "pre-norm"))
+    title = (f"After {num_steps} steps layer 1's gradient is {post} layer {depth}'s with post-norm, {pre} it with "
+             "pre-norm")
+    lines = []
     for (name, steps), norms in found.items():
         color, marker = (INK, "o") if name == "pre-norm" else (PURPLE, "s")
-        style = {"linestyle": "-"} if steps else {"linestyle": ":", "markerfacecolor": "white", "linewidth": 1.5}
-        axes.plot(range(1, depth + 1), norms, marker, color=color, **style,
-                  label=f"{name}, " + (f"after {steps} steps" if steps else "untrained"))
-    axes.set(xlabel="layer (1 is next to the input)", ylabel="gradient norm", yscale="log")
-    legend_above(axes, ncols=2)
-    return figure
+        line = {"color": color, "label": f"{name}, " + (f"after {steps} steps" if steps else "untrained")}
+        if not steps:
+            line |= {"linewidth": 1.5, "markerfacecolor": "white"}
+        lines.append((range(1, depth + 1), norms, marker + ("-" if steps else ":"), line))
+    note = "The gradient of all parameters of a layer. Both models: same initial weights, same data."
+    return draw_lines(title, note, lines, 2, xlabel="layer (1 is next to the input)", ylabel="gradient norm",
+                      yscale="log")[0]
 
 
 def draw_model_complexity(models: dict) -> Figure:
     """Parameters by component, with the component's share of its model."""
     counts = {name: compare_architectures.count_parameters(model) for name, model in models.items()}
-    totals = {name: sum(count.values()) for name, count in counts.items()}
-    components = sorted((c for c in counts["encoder_decoder"] if any(count[c] for count in counts.values())),
-                        key=lambda component: -counts["encoder_decoder"][component])
-    largest = [counts[name][components[0]] / totals[name] for name in counts]
-    title = (f"The {components[0]} layers hold {min(largest):.0%} to {max(largest):.0%} of the parameters; "
-             f"cross-attention adds {counts['encoder_decoder']['cross-attention']:,}")
+    both = counts["encoder_decoder"]
+    components = sorted((name for name in both if any(count[name] for count in counts.values())), key=both.get)[::-1]
+    shares = [count[components[0]] / sum(count.values()) for count in counts.values()]
+    title = (f"The {components[0]} layers hold {min(shares):.0%} to {max(shares):.0%} of the parameters; "
+             f"cross-attention adds {both['cross-attention']:,}")
     figure = new_figure(title, 6.2, "Counted in the models' own modules. In parentheses: the share of the model.")
     axes = figure.subplots()
     for i, (name, count) in enumerate(counts.items()):
-        values = [totals[name], *(count[component] for component in components)]
+        total = sum(count.values())
+        values = [total, *(count[component] for component in components)]
         bars = axes.barh([row + 0.27 * (i - 1) for row in range(len(values))], values, 0.25, color=COLORS[name],
                          label=NAMES[name])
-        labels = [f"{value:,}" + (f" ({percent(value / totals[name])})" if 0 < value < totals[name] else "")
-                  for value in values]
+        labels = [f"{n:,} ({percent(n / total)})" if 0 < n < total else f"{n:,}" for n in values]
         axes.bar_label(bars, labels, padding=4, fontsize=11)
     axes.set_yticks(range(len(components) + 1), ["total", *components])
     axes.get_yticklabels()[0].set_fontweight("bold")
@@ -654,9 +604,10 @@ def draw_model_complexity(models: dict) -> Figure:
 # --- what the models have learned ---
 
 
-def draw_attention(attention: PairMap, color: str, title: str, note: str, boxes=(), best=None) -> Figure:
+def draw_attention(attention: tuple, color: str, title: str, note: str, boxed=(), best=None) -> Figure:
     """Every layer and head as a small map, up to four in a row; the title of the best (layer, head) in bold."""
-    num_layers, num_heads, *_ = attention.weights.shape
+    queries, keys, weights = attention
+    num_layers, num_heads, *_ = weights.shape
     num_columns = min(4, num_heads)
     rows_per_layer = math.ceil(num_heads / num_columns)
     figure = new_figure(title, 2.2 + 2.0 * num_layers * rows_per_layer, f"{note} {NO_PROOF}")
@@ -666,13 +617,12 @@ def draw_attention(attention: PairMap, color: str, title: str, note: str, boxes=
         if head >= num_heads:
             axes.set_axis_off()
             continue
-        rows = attention.rows if i % num_columns == 0 else []  # labels stand at the left and at the foot only
-        columns = attention.columns if i + num_columns >= grid.size else []
-        mesh = draw_map(axes, attention.weights[layer, head], rows, columns, color)
+        rows = queries if i % num_columns == 0 else []  # labels stand at the left and at the foot only
+        columns = keys if i + num_columns >= grid.size else []
+        mesh = draw_map(axes, weights[layer, head], rows, columns, color, boxed)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=12,
                        fontweight="bold" if (layer, head) == best else "normal")
         axes.tick_params(labelsize=11)
-        box_cells(axes, boxes, width=1.2)
     figure.supylabel("query", fontsize=13)
     bar = figure.colorbar(mesh, ax=grid, location="bottom", aspect=60, label="attention weight, by key")
     bar.set_ticks(**PERCENT_TICKS)
@@ -681,41 +631,40 @@ def draw_attention(attention: PairMap, color: str, title: str, note: str, boxes=
 
 def draw_attention_encoder(trained: Trained, number: int) -> Figure:
     """The masked LM reads digits and words together; the pairs that belong together are boxed."""
-    attention = attention_maps(trained.model, number)["layers"]
+    tokens, _, weights = attention = attention_maps(trained.model, number)["layers"]
     pairs = digit_word_pairs(number)
-    shares = share_on_cells(attention.weights, pairs)                                   # (layers, H)
-    layer, head = divmod(shares.argmax().item(), shares.size(1))
-    uniform = share_on_cells(torch.full_like(attention.weights[0, 0], 1 / len(attention.rows)), pairs).item()
-    title = (f"Trained without alignments, the best head puts {percent(shares.max().item())} of its attention on matching "
-             "digits and words (boxed)")
+    shares = share_on_cells(weights, pairs)                                             # (layers, H)
+    uniform = share_on_cells(torch.full_like(weights[0, 0], 1 / len(tokens)), pairs).item()
+    title = (f"Trained without alignments, the best head puts {percent(shares.max().item())} of its attention on "
+             "matching digits and words (boxed)")
+    best = layer, head = divmod(shares.argmax().item(), shares.size(1))
     note = (f"Best of {shares.numel()} heads on this number: layer {layer + 1}, head {head + 1}. Uniform attention: "
             f"{percent(uniform)}. {trained.note}")
-    return draw_attention(attention, ENCODER_ONLY, title, note, pairs, best=(layer, head))
+    return draw_attention(attention, ENCODER_ONLY, title, note, pairs, best)
 
 
 def draw_attention_decoder(trained: Trained, number: int) -> Figure:
     """The GPT reads from left to right."""
     attention = attention_maps(trained.model, number)["layers"]
-    above = attention.weights.triu(diagonal=1).sum().item()
-    title = f"Causal attention: in every head the weights to the right of the diagonal sum to {above:g}"
+    above = attention[2].triu(diagonal=1).sum().item()
+    title = f"Causal attention: in all heads together, the weights right of the diagonal sum to {above:g}"
     return draw_attention(attention, DECODER_ONLY, title, f"Hatched: exactly 0. {trained.note}")
 
 
 def draw_cross_attention(trained: Trained, number: int) -> Figure:
     """The digits that the encoder-decoder attends to for each word: the mean over all layers and heads."""
-    attention = attention_maps(trained.model, number)["cross"]
-    weights = attention.weights.mean(dim=(0, 1))                                        # (T, S)
+    words, digits, weights = attention_maps(trained.model, number)["cross"]
+    weights = weights.mean(dim=(0, 1))                                                  # (T, S)
     cells = [(row, column) for row, columns in enumerate(align(number)) for column in columns]
-    share, uniform = (share_on_cells(w, cells).item() for w in (weights, torch.full_like(weights, 1 / weights.size(1))))
+    share, uniform = (share_on_cells(w, cells).item() for w in (weights, torch.full_like(weights, 1 / len(digits))))
     title = f"Cross-attention puts {percent(share)} of its weight on the digits that determine each word (boxed)"
     note = f"Mean over all layers and heads. Uniform attention: {percent(uniform)}. {trained.note} {NO_PROOF}"
     figure = new_figure(title, 6.6, note)
     axes = figure.subplots()
-    draw_map(axes, weights, attention.rows, attention.columns, ENCODER_DECODER)
+    draw_map(axes, weights, words, digits, ENCODER_DECODER, cells, frame=3)
     axes.set(xlabel="source token (key)", ylabel="word being predicted", aspect="auto")
     axes.tick_params(labelsize=15)
     axes.tick_params(axis="x", rotation=0)
-    box_cells(axes, cells, width=3)
     for row, shares in enumerate(weights.tolist()):
         for column, share in enumerate(shares):
             axes.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center",
@@ -726,15 +675,16 @@ def draw_cross_attention(trained: Trained, number: int) -> Figure:
 def draw_influence(trained: dict[str, Trained], number: int) -> Figure:
     """The inputs that each output depends on, measured through all layers, for the three models."""
     found = {name: influence(item.model, number) for name, item in trained.items()}
-    zeros = {name: (item.weights == 0).sum().item() for name, item in found.items()}
-    title = ("Inputs with exactly no effect on an output (hatched): "
-             + ", ".join(f"{count} in {NAMES[name]}" for name, count in zeros.items()))
+    right = {name: norms[tuple(torch.triu_indices(*norms.shape, 1))] for name, (_, _, norms) in found.items()}
+    counts = {name: f"{(values == 0).sum()} of {len(values)}" for name, values in right.items()}
+    title = (f"Inputs right of an output have exactly no effect: decoder-only {counts['decoder_only']} cells, "
+             f"encoder-only {counts['encoder_only']}")
     accuracies = ", ".join(f"{NAMES[name]} {percent(item.accuracy)}" for name, item in trained.items())
     note = f"Frobenius norm of d logits / d embedding; 0 where no path leads. Held-out accuracy: {accuracies}."
     figure = new_figure(title, 7.2, note)
-    grid = figure.subplots(2, 2, height_ratios=[len(found["encoder_only"].rows), len(found["encoder_decoder"].rows) + 1])
-    for (name, item), axes in zip(found.items(), grid.flat):
-        mesh = draw_map(axes, item.weights / item.weights.amax(dim=1, keepdim=True), item.rows, item.columns, COLORS[name])
+    grid = figure.subplots(2, 2, height_ratios=[2, 1.15])
+    for (name, (outputs, inputs, norms)), axes in zip(found.items(), grid.flat):
+        mesh = draw_map(axes, norms / norms.amax(dim=1, keepdim=True), outputs, inputs, COLORS[name])
         axes.set_title(NAMES[name])
         axes.set(xlabel="input" if name != "encoder_decoder" else "source | target", ylabel="output at", anchor="W")
         axes.tick_params(labelsize=11)
@@ -742,7 +692,7 @@ def draw_influence(trained: dict[str, Trained], number: int) -> Figure:
     grid[1, 1].set_axis_off()
     bar = figure.colorbar(mesh, cax=grid[1, 1].inset_axes([0.05, 0.6, 0.9, 0.12]), orientation="horizontal")
     bar.set_ticks([0, 1], labels=["0", "largest in its row"])
-    grid[1, 1].legend([Patch(facecolor="white", hatch="////")], ["exactly 0"], loc="upper left", bbox_to_anchor=(0, 0.3))
+    grid[1, 1].legend([Patch(facecolor="white", hatch="////")], ["exactly 0"], loc="center left")
     return figure
 
 
@@ -754,10 +704,10 @@ def draw_token_embeddings(trained: Trained) -> Figure:
     points, shares = principal_components(vectors)
     in_the_plane, in_full = (share_beside_own_kind(x, kinds) for x in (points, vectors))
     chance = sum(n * (n - 1) for n in kinds.bincount().tolist()) / (len(words) * (len(words) - 1))
-    title = (f"In the two main directions {percent(in_the_plane)} of the number words lie next to one of their kind, in "
-             f"all {vectors.size(1)} dimensions {percent(in_full)}")
-    note = (f"PCA of the embeddings. Next to: the nearest neighbor; random groups would give {percent(chance)}. Nothing "
-            f"but digits and names was learned from. {trained.note}")
+    title = (f"Nearest neighbor of its own kind: {percent(in_the_plane)} of the words in this plane, "
+             f"{percent(in_full)} in all {vectors.size(1)} dimensions")
+    note = (f"PCA of the embeddings, learned from digits and names alone. Random groups of these sizes: "
+            f"{percent(chance)}. {trained.note}")
     figure = new_figure(title, 7, note)
     axes = figure.subplots()
     width, height = (points.amax(dim=0) - points.amin(dim=0)).tolist()
@@ -780,7 +730,7 @@ def draw_token_embeddings(trained: Trained) -> Figure:
 
 def draw_sampling_strategies(trained: Trained, number: int, num_tokens=7) -> Figure:
     """The last word of a number's name under six strategies; the outline is the model's own distribution."""
-    prompt = prompt_before_last_word(number)
+    prompt = ["<SOS>", *str(number), "<SEP>", *number_to_words(number)[:-1]]
     distributions = next_token_distributions(trained.model, prompt)
     own, correct = distributions["temperature 1"], number_to_words(number)[-1]
     shown = own.topk(num_tokens).indices
@@ -791,14 +741,10 @@ def draw_sampling_strategies(trained: Trained, number: int, num_tokens=7) -> Fig
             f"distribution. {trained.note}")
     figure = new_figure(title, 6.3, note)
     grid = figure.subplots(2, 3, sharex=True, sharey=True)
-
-    def bars(probabilities):
-        values = probabilities[shown].tolist()
-        return [*values, max(0.0, 1 - sum(values))]
-
-    for axes, (name, probabilities) in zip(grid.flat, distributions.items()):
-        axes.barh(range(num_tokens + 1), bars(probabilities), color=DECODER_ONLY)
-        axes.barh(range(num_tokens + 1), bars(own), fill=False, edgecolor=GRAY, linewidth=1)
+    bars = {name: [*p[shown].tolist(), max(0.0, 1 - p[shown].sum().item())] for name, p in distributions.items()}
+    for axes, (name, widths) in zip(grid.flat, bars.items()):
+        axes.barh(range(num_tokens + 1), widths, color=DECODER_ONLY)
+        axes.barh(range(num_tokens + 1), bars["temperature 1"], fill=False, edgecolor=GRAY, linewidth=1)
         axes.set_title(name)
         axes.set_yticks(range(num_tokens + 1), [*tokens_of(shown), "all others"])
         for label in axes.get_yticklabels():
@@ -814,49 +760,41 @@ def draw_sampling_strategies(trained: Trained, number: int, num_tokens=7) -> Fig
 
 
 def draw_beam_search_tree(trained: Trained, numbers: list[int]) -> Figure:
-    """Every text that a beam search keeps, step by step, the likeliest on top: the result and greedy search's stand out.
-
-    Where the two lines cross, the beam search's result overtakes the text that greedy search is committed to.
-    """
-    search, correct = compare_searches(trained.model, numbers)
-    number, greedy, beam, steps = search
-    p_greedy, p_beam = search.probabilities()
-    led = search.num_steps_led()
-    if greedy == beam:
-        title = f"Greedy search and beam search find the same name for {number}: '{' '.join(beam[:-1])}'"
-    else:
-        title = (f"Greedy search's text leads for {led} steps; beam search keeps another, which ends "
-                 + (f"{p_beam / p_greedy:.1f} times as likely" if p_greedy else "likelier, as greedy's is dropped"))
-    note = (f"In a box: the probability of the text so far. Undertrained model: of {len(numbers)} held-out numbers greedy "
-            f"search names {percent(correct['greedy'])} correctly, beam search (width {BEAM_WIDTH}) "
-            f"{percent(correct['beam'])}. {trained.note}")
-    places = {(): (0, 0)}
-    for i, step in enumerate(steps):  # unfinished texts of the last step lead nowhere
-        kept = [text for text in step if i + 1 < len(steps) or text[-1] == "<EOS>"]
-        places |= {text: (i + 1, rank) for rank, text in enumerate(kept)}
+    """Every text that a beam search keeps, by step, the most probable on top, and the one that greedy search takes."""
+    example, shares = compare_searches(trained.model, numbers)
+    number, greedy, beam, steps, ratio, behind = example.values()
+    title = (f"For {number}, beam search's text trails greedy search's for {behind} steps and ends {times(ratio)} as "
+             "probable" if ratio and greedy != beam else
+             f"For {number}, beam search and greedy search " + ("agree on every word" if ratio else "part for good"))
+    note = ("In a box: the probability of the text so far. Shown: the held-out number with the largest ratio. "
+            f"Undertrained model. Held-out accuracy on {len(numbers)} numbers: greedy {percent(shares[0])}, beam "
+            f"search (width {BEAM_WIDTH}) {percent(shares[1])}.")
+    places, log_probs = {(): (0, 0)}, {}
+    for column, step in enumerate(steps, start=1):  # unfinished texts of the last step are left out: they lead nowhere
+        kept = [text for text in step if column < len(steps) or text[-1] == "<EOS>"]
+        places |= {text: (column, row) for row, text in enumerate(kept)}
+        log_probs |= step
     num_rows = 1 + max(row for _, row in places.values())
-    figure = new_figure(title, 2.1 + 0.62 * num_rows, note)
+    figure = new_figure(title, 2.3 + 0.62 * num_rows, note)
     axes = figure.subplots()
-    looks = {"beam search's result": (ENCODER_DECODER, 4, "-"), "greedy search's text": (PURPLE, 4, (0, (2, 1))),
-             "also kept": (GRAY, 1.2, "-")}
-    log_probs = {text: log_prob for step in steps for text, log_prob in step.items()}
-    for name, (color, width, dashes) in looks.items():
-        axes.plot([], [], color=color, linewidth=width, linestyle=dashes, label=name)
+    verdict = {text: "correct" if text == (*number_to_words(number), "<EOS>") else "wrong" for text in (greedy, beam)}
+    looks = {f"beam search ({verdict[beam]})": (beam, ENCODER_DECODER, 4, "-"),
+             f"greedy ({verdict[greedy]})": (greedy, PURPLE, 4, (0, (2, 1))), "also kept": ((), GRAY, 1.2, "-")}
+    for label, (_, color, width, dashes) in looks.items():
+        axes.plot([], [], color=color, linewidth=width, linestyle=dashes, label=label)
     for text, (column, row) in places.items():
-        name = ("beam search's result" if text == beam[:column] else
-                "greedy search's text" if text == greedy[:column] else "also kept")
-        color, width, dashes = looks[name]
+        color, width, dashes = next(look for path, *look in looks.values() if text == path[:column] or not path)
         if text:
             before, above = places[text[:-1]]
             axes.plot([before, column], [above, row], color=color, linewidth=width, linestyle=dashes, zorder=1)
         label = f"{text[-1]}\n{percent(math.exp(log_probs[text]))}" if text else str(number)
         axes.text(column, row, label, ha="center", va="center", fontsize=11, zorder=3,
-                  fontweight="normal" if name == "also kept" else "bold",
-                  bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": color})
-    if greedy != beam and led < len(steps):
-        axes.axvspan(led + 0.5, led + 1.5, color=PALE, alpha=0.5, linewidth=0, zorder=0)
-        axes.text(led + 1, -0.62, "overtaken", ha="center", va="center", fontsize=12, fontweight="bold")
-    axes.set(xlim=(-0.45, len(steps) + 0.5), ylim=(num_rows - 0.5, -0.85))
+                  bbox={"boxstyle": "round,pad=0.15", "edgecolor": color,
+                        "facecolor": shades(color)(0.15 if width > 2 else 0.0)})
+    if behind and behind < len(steps):
+        axes.axvspan(behind + 0.5, behind + 1.5, color=PALE, alpha=0.5, linewidth=0, zorder=0)
+        axes.text(behind + 1, -0.62, "overtakes", ha="center", va="center", fontsize=12, fontweight="bold")
+    axes.set(xlim=(-0.4, len(steps) + 0.4), ylim=(num_rows - 0.5, -0.85))
     axes.set_axis_off()
     legend_above(axes, ncols=3)
     return figure
@@ -878,24 +816,25 @@ def draw_training_curves(comparison: dict) -> Figure:
     """Loss and held-out accuracy of each architecture on its native task."""
     cells = [cell for name in NAMES for cell in comparison["cells"] if cell["natural"] and cell["architecture"] == name]
     stays = {cell["architecture"]: stays_above(cell["history"]) for cell in cells}
-    title = "Held-out exact match stays above 99% from step " + ", ".join(
-        f"{step:,} ({NAMES[name]})" if step else f"never ({NAMES[name]})" for name, step in stays.items())
-    tasks = ", ".join(cell["work"] for cell in cells)
-    note = (f"Each on its native task: {tasks}. Circled: from there on above 99%. The loss of generate cannot reach 0, "
-            "as the digits are random; its exact match is that of the names, given the digits.")
+    never = [NAMES[name] for name, step in stays.items() if step is None]
+    title = (f"Held-out exact match does not settle at 99% or more in this run: {', '.join(never)}" if never else
+             f"From step {max(stays.values()):,} on, all three stay at 99% held-out exact match or more")
+    note = (f"Each on its native task: {', '.join(cell['work'] for cell in cells)}. Circled: 99% or more from there on."
+            " Random digits keep the loss of generate above 0; its exact match is that of the names, given the digits.")
     figure = new_figure(title, 7, note)
     above, below = figure.subplots(2, 1, sharex=True)
     for cell, marker in zip(cells, "os^"):
         name, history = cell["architecture"], cell["history"]
-        losses = [(point["step"], point["loss"]) for point in history]
         accuracies = {point["step"]: point["exact_match"] for point in history if "exact_match" in point}
-        above.plot(*zip(*losses), color=COLORS[name], linewidth=1.5, label=NAMES[name])
+        above.plot([point["step"] for point in history], [point["loss"] for point in history], color=COLORS[name],
+                   linewidth=1.5, label=NAMES[name])
         below.plot(accuracies.keys(), accuracies.values(), marker=marker, color=COLORS[name])
         if stays[name]:
-            below.plot(stays[name], accuracies[stays[name]], "o", markersize=17, markerfacecolor="none",
-                       markeredgecolor=COLORS[name], markeredgewidth=2.5)
+            place = stays[name], accuracies[stays[name]]
+            below.plot(*place, "o", markersize=17, markerfacecolor="none", color=COLORS[name], markeredgewidth=2.5)
+            below.annotate(f"{stays[name]:,}", place, (0, 13), textcoords="offset points", ha="center")
     above.set(yscale="log", ylabel="training loss (nats)")
-    below.set(xlabel="training step", ylabel="held-out exact match", ylim=(-0.03, 1.09))
+    below.set(xlabel="training step", ylabel="held-out exact match", ylim=(-0.03, 1.28))
     below.set_yticks(**PERCENT_TICKS)
     legend_above(above, ncols=3, left=-0.1)
     return figure
@@ -907,13 +846,10 @@ def draw_kv_cache(comparison: dict) -> Figure:
     lengths, cached, recomputed = measured["lengths"], measured["cached_ms"], measured["recomputed_ms"]
     title = (f"At {lengths[-1]} tokens, one more takes {cached[-1]:.1f} ms with the KV cache, {recomputed[-1]:.1f} ms "
              f"without; at {lengths[0]}, {cached[0]:.1f} and {recomputed[0]:.1f} ms")
-    figure = new_figure(title, 4.4, "Decoder-only, as measured by compare_architectures.py.")
-    axes = figure.subplots()
-    axes.plot(lengths, recomputed, "s--", color=INK, label="without cache (recomputed)")
-    axes.plot(lengths, cached, "o-", color=DECODER_ONLY, label="with the KV cache")
-    axes.set(xlabel="length of the text so far (tokens)", ylabel="ms per new token", ylim=(0, None))
-    legend_above(axes, ncols=2)
-    return figure
+    lines = [(lengths, recomputed, "s--", {"color": INK, "label": "without cache (recomputed)"}),
+             (lengths, cached, "o-", {"color": DECODER_ONLY, "label": "with the KV cache"})]
+    return draw_lines(title, "Decoder-only, as measured by compare_architectures.py.", lines, 2, ylim=(0, None),
+                      xlabel="length of the text so far (tokens)", ylabel="ms per new token")[0]
 
 
 def draw_comparison_matrix(comparison: dict) -> Figure:
@@ -992,53 +928,32 @@ def load_comparison() -> dict | None:
         return None
 
 
-def load_models() -> dict:
-    """The trained model of each file, from its checkpoint; None where there is none that fits today's constants."""
-    models = {}
-    for name, module in MODULES.items():
+def train_and_measure(module, num_steps=None) -> Trained:
+    """A file's model and its held-out accuracy: from its checkpoint or, where none fits, from a short training run.
+
+    num_steps: instead train a new model for this many steps only, so that it is still uncertain. Nothing is saved.
+    """
+    loaders, num_epochs, model = module.create_dataloaders(), EPOCHS, None
+    if num_steps:
+        loaders, num_epochs = loaders._replace(train=list(islice(loaders.train, num_steps))), 1
+    else:
         try:
-            models[name] = module.load()
+            model = module.load()
         except (InputError, FileNotFoundError):
-            models[name] = None
-    return models
-
-
-def measure(module, model, loader) -> Trained:
-    """A model with its held-out accuracy, which stands under its pictures."""
-    batches = list(islice(loader, NUM_TEST_BATCHES))
+            pass
+    if model is None:
+        torch.manual_seed(SEED)
+        model = module.build_model()
+        description = f"{NAMES[module.__name__]}, " + ("undertrained" if num_steps else "no matching checkpoint")
+        num_steps = num_epochs * len(loaders.train)
+        with tqdm(total=num_steps, desc=description, ascii=True, ncols=95, mininterval=0.5) as bar:
+            module.train(model, loaders, num_epochs, num_evaluations=0, progress=bar)
+    batches = list(islice(loaders.test, NUM_TEST_BATCHES))
     count = sum(len(next(iter(batch.values()))) for batch in batches)
     found = module.evaluate(model, batches)
-    if module is encoder_only:
-        accuracy, what = found["accuracy"], f"of the masked tokens in {count:,} texts"
-    else:
-        accuracy, what = found["exact_match"], f"of {count:,} names"
+    accuracy, what = ((found["accuracy"], f"of the masked tokens in {count:,} texts") if module is encoder_only else
+                      (found["exact_match"], f"of {count:,} names"))
     return Trained(model.cpu().eval(), accuracy, f"Held-out accuracy: {percent(accuracy)} {what}.")
-
-
-def train_what_is_missing(models: dict) -> tuple[dict[str, Trained], dict[str, Trained], dict]:
-    """All training of this file, under one progress bar: models that have no checkpoint, the two undertrained models,
-    and the deep models of gradient_flow. None of them is saved. Returns models, undertrained models, gradient norms.
-    """
-    loaders = {name: module.create_dataloaders() for name, module in MODULES.items()}
-    jobs = [(name, loaders[name], EPOCHS) for name in MODULES if models[name] is None]
-    for name, make_example in (("decoder_only", toy_dataset.decoder_only_example),
-                               ("encoder_decoder", toy_dataset.encoder_decoder_example)):
-        batch_size = MODULES[name].BATCH_SIZE
-        jobs.append((name, toy_dataset.make_dataloaders(make_example, batch_size, SEED, EARLY_STEPS * batch_size), 1))
-    trained, early = dict.fromkeys(MODULES), {}
-    num_steps = sum(num_epochs * len(data.train) for _, data, num_epochs in jobs) + 2 * DEEP_STEPS
-    with tqdm(total=num_steps, ascii=True, ncols=95, mininterval=0.5) as bar:
-        for name, data, num_epochs in jobs:
-            bar.set_description(NAMES[name])
-            torch.manual_seed(SEED)
-            model = MODULES[name].build_model()
-            MODULES[name].train(model, data, num_epochs, num_evaluations=0, progress=bar)
-            (trained if data is loaders[name] else early)[name] = measure(MODULES[name], model, loaders[name].test)
-        bar.set_description("deep models")
-        flow = gradient_flow(progress=bar)
-    for name, model in models.items():
-        trained[name] = trained[name] or measure(MODULES[name], model, loaders[name].test)
-    return trained, early, flow
 
 
 def draw_all(trained: dict[str, Trained], early: dict[str, Trained], flow: dict, comparison: dict):
@@ -1056,7 +971,7 @@ def draw_all(trained: dict[str, Trained], early: dict[str, Trained], flow: dict,
     yield "token_embeddings", draw_token_embeddings(trained["decoder_only"])
     yield "gradient_flow", draw_gradient_flow(flow)
     yield "model_complexity", draw_model_complexity(models)
-    yield "learning_rate_schedule", draw_learning_rate_schedule(learning_rates())
+    yield "learning_rate_schedule", draw_learning_rate_schedule()
     yield "sampling_strategies", draw_sampling_strategies(early["decoder_only"], NUMBER)
     numbers = toy_dataset.make_splits().test[:NUM_SEARCHED]
     yield "beam_search_tree", draw_beam_search_tree(early["encoder_decoder"], numbers)
@@ -1078,10 +993,11 @@ def main() -> None:
         print("No matching figures/comparison.json: running the comparison first (takes minutes).")
         comparison = compare_architectures.compare()
         compare_architectures.save(comparison)
-    models = load_models()
-    for name, model in models.items():
-        print(f"{NAMES[name]:16} {'from its checkpoint' if model else 'no matching checkpoint: a short training run'}")
-    for name, figure in draw_all(*train_what_is_missing(models), comparison):
+    trained = {name: train_and_measure(module) for name, module in MODULES.items()}
+    early = {name: train_and_measure(MODULES[name], EARLY_STEPS) for name in ("decoder_only", "encoder_decoder")}
+    with tqdm(total=2 * DEEP_STEPS, desc="pre-norm, post-norm", ascii=True, ncols=95, mininterval=0.5) as bar:
+        flow = gradient_flow(progress=bar)
+    for name, figure in draw_all(trained, early, flow, comparison):
         print(save(figure, name).relative_to(FIGURES.parent))
         print(textwrap.indent(textwrap.fill(figure.get_suptitle(), 96), "    "))
 
