@@ -18,6 +18,7 @@ import json
 import math
 import os
 import textwrap
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -89,8 +90,10 @@ def tokens_of(ids: torch.Tensor) -> list[str]:
 
 
 # ======================================================================================================
-# THE NUMBERS, part 1: from the code itself, without training
+# THE NUMBERS: each function can be used without drawing
 # ======================================================================================================
+
+# --- from the code itself, without training ---
 
 
 def example_masks() -> dict:
@@ -168,9 +171,7 @@ def gradient_flow(num_steps=DEEP_STEPS, depth=DEPTH, progress=None) -> dict:
     return found
 
 
-# ======================================================================================================
-# THE NUMBERS, part 2: from trained models
-# ======================================================================================================
+# --- from trained models ---
 
 
 @torch.no_grad()
@@ -278,9 +279,8 @@ def beam_steps(model, number: int, width: int, num_steps: int) -> list[dict[tupl
         candidates = {}
         for text, log_prob in unfinished.items():
             logits = model.decode(torch.tensor([[SOS_ID, *to_ids(list(text))]]), memory, source)[0, -1]
-            logits[PAD_ID] = -math.inf
-            log_probs = logits.log_softmax(dim=-1).tolist()
-            candidates |= {(*text, word): log_prob + more for word, more in zip(VOCABULARY, log_probs)}
+            word_log_probs = zip(VOCABULARY, logits.log_softmax(dim=-1).tolist())
+            candidates |= {(*text, word): log_prob + more for word, more in word_log_probs if word != "<PAD>"}
         ranked = sorted(candidates, key=candidates.get, reverse=True)
         ended = [text for text in ranked[:width] if text[-1] == "<EOS>"]
         unfinished = {text: candidates[text] for text in [t for t in ranked if t[-1] != "<EOS>"][:width]}
@@ -306,12 +306,11 @@ def compare_searches(model, numbers: list[int], width=BEAM_WIDTH) -> tuple[dict,
     for number, g, b, _ in rows or [(numbers[0], greedy[0], beam[0], correct[0])]:
         steps = beam_steps(model, number, width, max(len(g), len(b)))
         ahead = [step.get(b[:n], -math.inf) > step.get(g[:n], -math.inf) for n, step in enumerate(steps, start=1)]
-        ratio = math.exp(steps[len(b) - 1][b] - steps[len(g) - 1].get(g, math.inf))
+        ratio = math.exp(steps[len(b) - 1].get(b, -math.inf) - steps[len(g) - 1].get(g, math.inf))
         examples.append({"number": number, "greedy": g, "beam": b, "steps": steps, "ratio": ratio,
                          "behind": [*ahead, True].index(True)})
     shares = [sum(map(tuple.__eq__, texts, correct)) / len(numbers) for texts in (greedy, beam)]
     return max(examples, key=lambda example: example["ratio"]), shares
-
 
 
 # ======================================================================================================
@@ -323,7 +322,7 @@ def new_figure(title: str, height: float, note: str = "") -> Figure:
     """An empty picture of the common width. The title states its point; the note stands small in the lower corner."""
     figure = Figure(figsize=(matplotlib.rcParams["figure.figsize"][0], height))
     figure.suptitle(textwrap.fill(title, 54, break_on_hyphens=False), x=0.01, ha="left", linespacing=1.25)
-    figure.supxlabel(textwrap.fill(note, 86, break_on_hyphens=False), x=0.99, ha="right", color=GRAY, linespacing=1.3)
+    figure.supxlabel(textwrap.fill(note, 82, break_on_hyphens=False), x=0.99, ha="right", color=GRAY, linespacing=1.3)
     return figure
 
 
@@ -566,7 +565,7 @@ def draw_gradient_flow(found: dict) -> Figure:
         if not steps:
             line |= {"linewidth": 1.5, "markerfacecolor": "white"}
         lines.append((range(1, depth + 1), norms, marker + ("-" if steps else ":"), line))
-    note = "The gradient of all parameters of a layer. Both models: same initial weights, same data."
+    note = "Gradient of all parameters of a layer. Same initial weights, same data."
     return draw_lines(title, note, lines, 2, xlabel="layer (1 is next to the input)", ylabel="gradient norm",
                       yscale="log")[0]
 
@@ -692,7 +691,8 @@ def draw_influence(trained: dict[str, Trained], number: int) -> Figure:
     grid[1, 1].set_axis_off()
     bar = figure.colorbar(mesh, cax=grid[1, 1].inset_axes([0.05, 0.6, 0.9, 0.12]), orientation="horizontal")
     bar.set_ticks([0, 1], labels=["0", "largest in its row"])
-    grid[1, 1].legend([Patch(facecolor="white", hatch="////")], ["exactly 0"], loc="center left")
+    grid[1, 1].legend([Patch(facecolor="white", hatch="////")], ["exactly 0"], loc="upper left",
+                      bbox_to_anchor=(0, 0.3))
     return figure
 
 
@@ -763,9 +763,12 @@ def draw_beam_search_tree(trained: Trained, numbers: list[int]) -> Figure:
     """Every text that a beam search keeps, by step, the most probable on top, and the one that greedy search takes."""
     example, shares = compare_searches(trained.model, numbers)
     number, greedy, beam, steps, ratio, behind = example.values()
-    title = (f"For {number}, beam search's text trails greedy search's for {behind} steps and ends {times(ratio)} as "
-             "probable" if ratio and greedy != beam else
-             f"For {number}, beam search and greedy search " + ("agree on every word" if ratio else "part for good"))
+    if ratio > 1 and behind < len(steps):
+        title = (f"For {number}, beam search's text overtakes greedy search's in step {behind + 1} and ends "
+                 f"{ratio:.1f} times as probable")
+    else:
+        title = f"For {number}, greedy search and beam search " + (
+            "agree on every word" if greedy == beam else "end with different texts")
     note = ("In a box: the probability of the text so far. Shown: the held-out number with the largest ratio. "
             f"Undertrained model. Held-out accuracy on {len(numbers)} numbers: greedy {percent(shares[0])}, beam "
             f"search (width {BEAM_WIDTH}) {percent(shares[1])}.")
@@ -791,7 +794,7 @@ def draw_beam_search_tree(trained: Trained, numbers: list[int]) -> Figure:
         axes.text(column, row, label, ha="center", va="center", fontsize=11, zorder=3,
                   bbox={"boxstyle": "round,pad=0.15", "edgecolor": color,
                         "facecolor": shades(color)(0.15 if width > 2 else 0.0)})
-    if behind and behind < len(steps):
+    if behind < len(steps):
         axes.axvspan(behind + 0.5, behind + 1.5, color=PALE, alpha=0.5, linewidth=0, zorder=0)
         axes.text(behind + 1, -0.62, "overtakes", ha="center", va="center", fontsize=12, fontweight="bold")
     axes.set(xlim=(-0.4, len(steps) + 0.4), ylim=(num_rows - 0.5, -0.85))
@@ -937,10 +940,8 @@ def train_and_measure(module, num_steps=None) -> Trained:
     if num_steps:
         loaders, num_epochs = loaders._replace(train=list(islice(loaders.train, num_steps))), 1
     else:
-        try:
+        with suppress(InputError, FileNotFoundError):
             model = module.load()
-        except (InputError, FileNotFoundError):
-            pass
     if model is None:
         torch.manual_seed(SEED)
         model = module.build_model()
