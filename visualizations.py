@@ -338,6 +338,7 @@ def draw_lines(title: str, note: str, lines: list[tuple], ncols: int, **settings
     for xs, ys, form, line in lines:
         axes.plot(xs, ys, form, **line)
     axes.set(**settings)
+    axes.grid(axis="y")
     legend_above(axes, ncols)
     return figure, axes
 
@@ -360,7 +361,6 @@ def draw_map(axes, values, rows: list[str], columns: list[str], color: str, boxe
     axes.set_xticks([i + 0.5 for i in range(len(columns))], columns, rotation=90)
     axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
     axes.tick_params(length=0, pad=3)
-    axes.grid(visible=False)
     axes.spines[:].set(visible=True, color=PALE)
     return mesh
 
@@ -501,6 +501,7 @@ def draw_positional_encoding(table: torch.Tensor) -> Figure:
     for position, (color, dashes) in shown.items():
         below.plot(similarity[position], color=color, linestyle=dashes, label=f"with position {position}")
     below.set(xlabel="position in the text", ylabel="cosine similarity")
+    below.grid(axis="y")
     legend_above(below, ncols=2)
     return figure
 
@@ -590,7 +591,6 @@ def draw_model_complexity(models: dict) -> Figure:
     axes.set_yticks(range(len(components) + 1), ["total", *components])
     axes.get_yticklabels()[0].set_fontweight("bold")
     axes.invert_yaxis()
-    axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("parameters")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -704,7 +704,7 @@ def draw_token_embeddings(trained: Trained) -> Figure:
     points, shares = principal_components(vectors)
     in_the_plane, in_full = (share_beside_own_kind(x, kinds) for x in (points, vectors))
     chance = sum(n * (n - 1) for n in kinds.bincount().tolist()) / (len(words) * (len(words) - 1))
-    title = (f"Nearest neighbor of its own kind: {percent(in_the_plane)} of the words in this plane, "
+    title = (f"{percent(in_the_plane)} of the words are nearest to one of their own kind in this plane, "
              f"{percent(in_full)} in all {vectors.size(1)} dimensions")
     note = (f"PCA of the embeddings, learned from digits and names alone. Random groups of these sizes: "
             f"{percent(chance)}. {trained.note}")
@@ -751,7 +751,6 @@ def draw_sampling_strategies(trained: Trained, number: int, num_tokens=7) -> Fig
             label.set_fontweight("bold" if label.get_text() == correct else "normal")
         axes.set_xlim(0, 1)
         axes.set_xticks(**PERCENT_TICKS)
-        axes.grid(visible=False)
         axes.tick_params(axis="y", length=0)
     for axes in grid[1]:
         axes.set_xlabel("probability")
@@ -766,12 +765,14 @@ def draw_beam_search_tree(trained: Trained, numbers: list[int]) -> Figure:
     if ratio > 1 and behind < len(steps):
         title = (f"For {number}, beam search's text overtakes greedy search's in step {behind + 1} and ends "
                  f"{ratio:.1f} times as probable")
+        choice = "Of the numbers that only beam search names correctly, the one with the largest ratio. "
     else:
         title = f"For {number}, greedy search and beam search " + (
             "agree on every word" if greedy == beam else "end with different texts")
-    note = ("In a box: the probability of the text so far. Shown: the held-out number with the largest ratio. "
-            f"Undertrained model. Held-out accuracy on {len(numbers)} numbers: greedy {percent(shares[0])}, beam "
-            f"search (width {BEAM_WIDTH}) {percent(shares[1])}.")
+        choice = ""
+    note = (f"In a box: the probability of the text so far. {choice}Undertrained model. Held-out accuracy on "
+            f"{len(numbers)} numbers: greedy {percent(shares[0])}, beam search (width {BEAM_WIDTH}) "
+            f"{percent(shares[1])}.")
     places, log_probs = {(): (0, 0)}, {}
     for column, step in enumerate(steps, start=1):  # unfinished texts of the last step are left out: they lead nowhere
         kept = [text for text in step if column < len(steps) or text[-1] == "<EOS>"]
@@ -821,7 +822,7 @@ def draw_training_curves(comparison: dict) -> Figure:
     stays = {cell["architecture"]: stays_above(cell["history"]) for cell in cells}
     never = [NAMES[name] for name, step in stays.items() if step is None]
     title = (f"Held-out exact match does not settle at 99% or more in this run: {', '.join(never)}" if never else
-             f"From step {max(stays.values()):,} on, all three stay at 99% held-out exact match or more")
+             f"From step {max(stays.values()):,} on, held-out exact match stays at 99% or more for all three")
     note = (f"Each on its native task: {', '.join(cell['work'] for cell in cells)}. Circled: 99% or more from there on."
             " Random digits keep the loss of generate above 0; its exact match is that of the names, given the digits.")
     figure = new_figure(title, 7, note)
@@ -839,6 +840,8 @@ def draw_training_curves(comparison: dict) -> Figure:
     above.set(yscale="log", ylabel="training loss (nats)")
     below.set(xlabel="training step", ylabel="held-out exact match", ylim=(-0.03, 1.28))
     below.set_yticks(**PERCENT_TICKS)
+    for axes in (above, below):
+        axes.grid(axis="y")
     legend_above(above, ncols=3, left=-0.1)
     return figure
 
@@ -1000,7 +1003,7 @@ def main() -> None:
         flow = gradient_flow(progress=bar)
     for name, figure in draw_all(trained, early, flow, comparison):
         print(save(figure, name).relative_to(FIGURES.parent))
-        print(textwrap.indent(textwrap.fill(figure.get_suptitle(), 96), "    "))
+        print(textwrap.indent(textwrap.fill(figure.get_suptitle(), 96, break_on_hyphens=False), "    "))
 
 
 if __name__ == "__main__":
