@@ -50,7 +50,7 @@ SHORT_NUMBER = 512         # for small multiples; also held out. Try 740 or 999;
 NUM_TEST_BATCHES = 2       # of 1,000 test numbers each, for the accuracy in a picture's note. Try 20: all of them
 EPOCHS = 3                 # training of a model that has no checkpoint. Try 1
 EARLY_STEPS = 120          # training of the models in sampling_strategies and beam_search_tree, which must still be
-                           # uncertain. Try 60, 400
+                           # uncertain. Try 60, 150; at most one epoch
 NUM_SEARCHED = 500         # test numbers on which beam search and greedy search are compared. Try 20,000: all of them
 BEAM_WIDTH = 4             # of that beam search. Try 2, 5
 DEPTH = 16                 # layers of the two deep models in gradient_flow. Try 4: does the difference remain?
