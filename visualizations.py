@@ -510,7 +510,7 @@ def draw_masks(masks: dict) -> Figure:
     """masks: as example_masks returns them."""
     title = "A padding mask hides padding, a causal mask the future; decoder self-attention needs both"
     figure = new_figure(title, 7.4,
-                        "Rows: queries. Filled: the keys they may attend to. Drawn for 42, padded beside 342.")
+                        "Rows: queries. Filled: the keys they may attend to. For 42, padded beside 342.")
     colors = [ENCODER_ONLY, DECODER_ONLY, DECODER_ONLY, ENCODER_DECODER]
     for axes, color, (name, (mask, rows, columns)) in zip(figure.subplots(2, 2).flat, colors, masks.items()):
         axes.set_title(name)
