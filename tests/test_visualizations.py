@@ -1,9 +1,10 @@
-"""The pictures: each is written and whole, and the numbers in it are right. Not pixels are compared, but numbers."""
+"""The pictures: each is written, whole and readable, and the numbers in it are right (numbers, not pixels)."""
 
 import json
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -25,7 +26,7 @@ import encoder_decoder  # noqa: E402
 import encoder_only  # noqa: E402
 import toy_dataset  # noqa: E402
 import visualizations  # noqa: E402
-from toy_dataset import EOS_ID, to_ids  # noqa: E402
+from toy_dataset import to_ids  # noqa: E402
 
 TINY = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64}
 MODULES = {"encoder_only": encoder_only, "decoder_only": decoder_only, "encoder_decoder": encoder_decoder}
@@ -48,13 +49,9 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def models():
-    """Untrained ones: what is computed for a picture must be right whatever the weights. The encoder-decoder is given
-    an inclination to end its texts, as trained ones do; a tree of endless texts would be no picture to judge."""
+    """Untrained: what is computed for a picture must be right whatever the weights."""
     torch.manual_seed(0)
-    models = {name: module.build_model(**TINY).cpu().eval() for name, module in MODULES.items()}
-    writer = models["encoder_decoder"]
-    writer.decoder_norm.bias.data += 8 * writer.embedding.weight.data[EOS_ID] / writer.embedding.weight[EOS_ID].norm()
-    return models
+    return {name: module.build_model(**TINY).cpu().eval() for name, module in MODULES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +78,15 @@ def comparison():
 
 
 @pytest.fixture(scope="module")
-def figures(trained, flow, comparison):
-    return dict(visualizations.draw_all(trained, trained["decoder_only"], flow, comparison))
+def early(trained, trained_encoder_decoder):
+    """Undertrained models; the encoder-decoder has learned enough for its searches to differ."""
+    return {"decoder_only": trained["decoder_only"],
+            "encoder_decoder": visualizations.Trained(trained_encoder_decoder.cpu(), 0.5, "Held-out accuracy: 50%.")}
+
+
+@pytest.fixture(scope="module")
+def figures(trained, early, flow, comparison):
+    return dict(visualizations.draw_all(trained, early, flow, comparison))
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +107,8 @@ def test_a_picture_is_a_small_png_of_the_promised_size_and_not_blank(figures, fi
     data = files[name].read_bytes()
     assert files[name].name == f"{name}.png" and data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert width == visualizations.WIDTH * visualizations.DPI == 770
-    assert 400 <= height <= 1100 and height == pytest.approx(figures[name].get_figheight() * visualizations.DPI, abs=1)
+    assert width == 770 and 400 <= height <= 1100
+    assert height == pytest.approx(figures[name].get_figheight() * 110, abs=1)
     assert len(data) < 200_000
     pixels = matplotlib.image.imread(files[name])[..., :3]
     assert pixels.std() > 0.05, "nearly blank"
@@ -144,22 +148,30 @@ def test_pictures_of_trained_models_carry_their_held_out_accuracy_and_attention_
     for name in SHOW_A_TRAINED_MODEL:
         assert "Held-out accuracy" in " ".join(figures[name].get_supxlabel().split()), name
     for name in ("attention_encoder", "attention_decoder", "cross_attention"):
-        assert "no proof of reasoning" in " ".join(figures[name].get_supxlabel().split())
+        assert "information flow, not reasoning" in " ".join(figures[name].get_supxlabel().split())
 
 
-def test_the_same_models_give_the_same_bytes(files, trained, flow, comparison, tmp_path):
-    for name, figure in visualizations.draw_all(trained, trained["decoder_only"], flow, comparison):
+def test_the_same_models_give_the_same_bytes(files, trained, early, flow, comparison, tmp_path):
+    for name, figure in visualizations.draw_all(trained, early, flow, comparison):
         assert visualizations.save(figure, name, tmp_path).read_bytes() == files[name].read_bytes(), name
 
 
 # --- numbers that need no training ---
 
 
-def test_the_likeness_of_two_positions_depends_on_their_distance_alone_and_is_largest_at_home():
-    table = encoder_only.PositionalEncoding(32, 64).table
-    from_16, from_40 = (visualizations.position_similarity(table, position) for position in (16, 40))
+def lines_of(axes) -> dict:
+    """What a reader takes from a line chart: label -> the y values of its line."""
+    return {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_the_similarity_of_two_positions_depends_on_their_distance_alone_and_is_largest_at_distance_0():
+    figure = visualizations.draw_positional_encoding(encoder_only.PositionalEncoding(32, 64).table)
+    drawn = lines_of(figure.axes[1])
+    from_16, from_40 = (torch.tensor(drawn[f"with position {position}"]) for position in (16, 40))
     assert from_16.argmax() == 16 and from_16[16].item() == pytest.approx(1)
     torch.testing.assert_close(from_16[:40], from_40[24:], atol=1e-5, rtol=0)
+    title = " ".join(figure.get_suptitle().split())
+    assert f"{from_16[17]:.2f} at distance 1, {from_16[0]:.2f} at distance 16" in title
 
 
 def test_the_masks_hide_padding_and_the_future():
@@ -185,13 +197,26 @@ def test_without_the_scale_the_largest_weight_grows_towards_1_and_with_it_stays(
     assert scaled[0] == pytest.approx((query @ key.T / 2).softmax(-1).amax(-1).mean().item(), abs=1e-5)
 
 
+def test_a_line_is_labeled_with_what_it_shows():
+    figure = visualizations.draw_softmax_scaling([4, 16], [0.5, 0.9], [0.2, 0.25])
+    assert lines_of(figure.axes[0]) == {"softmax(q k)": [0.5, 0.9], "softmax(q k / sqrt(d_k))": [0.2, 0.25]}
+    assert "90% without 1/sqrt(d_k), 25% with it" in " ".join(figure.get_suptitle().split())
+    cache = {"lengths": [8, 64], "cached_ms": [1.0, 2.0], "recomputed_ms": [3.0, 40.0]}
+    figure = visualizations.draw_kv_cache({"kv_cache": cache})
+    assert lines_of(figure.axes[0]) == {"with the KV cache": [1.0, 2.0], "without cache (recomputed)": [3.0, 40.0]}
+    assert ("At 64 tokens, one more takes 2.0 ms with the KV cache, 40.0 ms without; at 8, 1.0 and 3.0 ms"
+            == " ".join(figure.get_suptitle().split()))
+
+
 def test_the_learning_rates_are_those_of_each_files_own_training():
-    rates = visualizations.learning_rates()
+    figure = visualizations.draw_learning_rate_schedule()
+    drawn = lines_of(figure.axes[0])
     for name, module in MODULES.items():
         num_steps = module.NUM_EPOCHS * len(module.create_dataloaders().train)
-        assert len(rates[name]) == num_steps
-        assert max(rates[name]) == pytest.approx(module.LEARNING_RATE, rel=1e-3)
-        assert rates[name][num_steps // 2] == module.learning_rate_at(num_steps // 2, num_steps)
+        rates = drawn[visualizations.NAMES[name]]
+        assert len(rates) == num_steps and max(rates) == pytest.approx(module.LEARNING_RATE, rel=1e-3)
+        assert rates[num_steps // 2] == module.learning_rate_at(num_steps // 2, num_steps)
+        assert f"{rates.index(max(rates)) + 1} " in figure.get_suptitle()
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -201,11 +226,20 @@ def test_every_parameter_is_counted_once_and_the_diagram_shows_the_same_numbers(
     assert sum(counts.values()) == sum(p.numel() for p in model.parameters())
     assert (counts["cross-attention"] > 0) == (name == "encoder_decoder")
     drawn = dict.fromkeys(counts, 0)
-    for sublayers in visualizations.describe_stacks(model).values():
-        for sublayer in sublayers:
-            drawn[sublayer.name] += TINY["num_layers"] * sublayer.parameters
+    stacks = {"encoder_only": [0], "decoder_only": [1], "encoder_decoder": [2, 3]}[name]
+    boxes = [text for text in visualizations.draw_architectures(models).axes[0].texts if text.get_ha() == "center"]
+    for stack in stacks:
+        column = [text for text in boxes if stack <= text.get_position()[0] / visualizations.COLUMN < stack + 1]
+        column = [text.get_text() for text in sorted(column, key=lambda text: -text.get_position()[1])]
+        heads = [i for i, text in enumerate(column) if text in counts]
+        for i in heads:  # a box: its name, further lines, and last its number of parameters
+            number = next(text for text in column[i:] if text.replace(",", "").isdigit())
+            drawn[column[i]] += TINY["num_layers"] * int(number.replace(",", ""))
     for component in ("self-attention", "cross-attention", "feed-forward"):
         assert drawn[component] == counts[component]
+    labels = texts_in(visualizations.draw_model_complexity(models))
+    share = visualizations.percent(counts["feed-forward"] / sum(counts.values()))
+    assert f"{counts['feed-forward']:,} ({share})" in labels and f"{sum(counts.values()):,}" in labels
 
 
 def texts_in(figure) -> list[str]:
@@ -216,14 +250,14 @@ def test_changing_a_constant_changes_the_diagram(models):
     before = texts_in(visualizations.draw_architectures(models))
     other = decoder_only.build_model(**TINY | {"num_layers": 3, "num_heads": 2, "d_ff": 96}).cpu()
     after = texts_in(visualizations.draw_architectures(models | {"decoder_only": other}))
-    assert before.count("2 such layers") == 4 and after.count("2 such layers") == 3 and "3 such layers" in after
+    assert before.count("2 layers") == 4 and after.count("2 layers") == 3 and "3 layers" in after
     assert "2 heads of 16" not in before and "2 heads of 16" in after
-    assert "96 wide inside" not in before and "96 wide inside" in after
+    assert "d_ff = 96" not in before and "d_ff = 96" in after
 
 
-def test_the_diagram_says_who_looks_where_from_what_the_models_do(models):
+def test_the_diagram_says_what_attention_may_see_as_measured_in_the_models(models):
     texts = texts_in(visualizations.draw_architectures(models))
-    assert (texts.count("looks both ways"), texts.count("looks left only"), texts.count("looks at source")) == (2, 2, 1)
+    assert (texts.count("bidirectional"), texts.count("causal"), texts.count("over the source")) == (2, 2, 1)
 
 
 def test_the_post_norm_model_starts_from_the_same_weights_and_is_pytorchs_post_norm_layer():
@@ -259,6 +293,16 @@ def test_gradients_by_layer_are_those_of_the_loss(flow):
         assert norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).norm().item(), rel=1e-4)
 
 
+def test_the_title_on_gradients_compares_the_first_layer_with_the_last_after_training():
+    found = {("pre-norm", 0): [1.0, 1.0], ("pre-norm", 9): [6.0, 4.0], ("post-norm", 0): [1.0, 1.0],
+             ("post-norm", 9): [0.5, 20.0]}
+    figure = visualizations.draw_gradient_flow(found)
+    assert (" ".join(figure.get_suptitle().split()) == "After 9 steps layer 1's gradient is 1/40 of layer 2's with "
+            "post-norm, 1.5 times it with pre-norm")
+    assert lines_of(figure.axes[0]) == {f"{name}, " + (f"after {steps} steps" if steps else "untrained"): norms
+                                        for (name, steps), norms in found.items()}
+
+
 def test_deep_post_norm_loses_its_gradient_in_training_and_pre_norm_does_not():
     found = visualizations.gradient_flow(num_steps=40, progress=SILENT)
     spread = {key: max(norms) / min(norms) for key, norms in found.items()}
@@ -278,28 +322,43 @@ def test_attention_maps_carry_the_real_tokens_and_rows_that_sum_to_1(models):
     }
     for name, kinds in expected.items():
         found = visualizations.attention_maps(models[name], 42)
-        assert {kind: (" ".join(item.rows), " ".join(item.columns)) for kind, item in found.items()} == kinds
-        for item in found.values():
-            assert item.weights.shape == (2, 4, len(item.rows), len(item.columns))
-            torch.testing.assert_close(item.weights.sum(dim=-1), torch.ones(2, 4, len(item.rows)))
-    assert visualizations.attention_maps(models["decoder_only"], 512)["layers"].weights.triu(1).abs().max() == 0
+        assert {kind: (" ".join(rows), " ".join(columns)) for kind, (rows, columns, _) in found.items()} == kinds
+        for rows, columns, weights in found.values():
+            assert weights.shape == (2, 4, len(rows), len(columns))
+            torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 4, len(rows)))
+    assert visualizations.attention_maps(models["decoder_only"], 512)["layers"][2].triu(1).abs().max() == 0
 
 
-def test_cross_attention_is_the_one_that_the_models_own_file_shows(models):
-    maps = visualizations.attention_maps(models["encoder_decoder"], 90210)["cross"]
+def boxed_cells(axes) -> set:
+    """(row, column) of each frame drawn on a map; hatched cells have no line."""
+    frames = [patch for patch in axes.patches if patch.get_linewidth() > 0]
+    return {(round(frame.get_y()), round(frame.get_x())) for frame in frames}
+
+
+def test_cross_attention_is_the_one_that_the_models_own_file_shows(models, trained):
+    _, _, weights = visualizations.attention_maps(models["encoder_decoder"], 90210)["cross"]
     own = encoder_decoder.cross_attention(models["encoder_decoder"], 90210)
-    torch.testing.assert_close(maps.weights.mean(dim=(0, 1)), own)
+    torch.testing.assert_close(weights.mean(dim=(0, 1)), own)
+    figure = visualizations.draw_cross_attention(trained["encoder_decoder"], 90210)
+    # ninety {9 0}, thousand {9 0}, two {2}, hundred {2}, ten {1 0}; <EOS> has no digits
+    boxes = {(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (3, 2), (4, 3), (4, 4)}
+    assert boxed_cells(figure.axes[0]) == boxes
+    share = sum(own[cell].item() for cell in boxes) / 5
+    assert f"puts {visualizations.percent(share)} of its weight" in " ".join(figure.get_suptitle().split())
+    assert "Uniform attention: 27%" in " ".join(figure.get_supxlabel().split())  # 8 boxes / 5 rows / 6 columns
 
 
-def test_the_share_of_attention_on_the_alignment():
-    truth = torch.zeros(6, 6)  # 90210: ninety {9 0}, thousand {9 0}, two {2}, hundred {2}, ten {1 0}, <EOS>
-    for row, column in enumerate([1, 0, 2, 2, 3, 5]):
-        truth[row, column] = 1
-    assert visualizations.share_on_alignment(truth, 90210) == pytest.approx(1)
-    assert visualizations.share_on_alignment(truth.flip(1), 90210) == pytest.approx(0)
-    uniform = torch.full((6, 6), 1 / 6)
-    assert visualizations.share_on_alignment(uniform, 90210) == pytest.approx(8 / 5 / 6)
-    assert visualizations.chance_on_alignment(90210) == pytest.approx(8 / 5 / 6)
+def test_the_best_head_stands_out_and_is_the_one_with_the_largest_share(trained):
+    figure = visualizations.draw_attention_encoder(trained["encoder_only"], 512)
+    pairs = visualizations.digit_word_pairs(512)
+    _, _, weights = visualizations.attention_maps(trained["encoder_only"].model, 512)["layers"]
+    shares = {f"layer {layer + 1}, head {head + 1}": visualizations.share_on_cells(weights[layer, head], pairs).item()
+              for layer in range(2) for head in range(4)}
+    best = max(shares, key=shares.get)
+    titles = [axes.title if axes.title.get_text() else axes._left_title for axes in figure.axes]
+    assert [title.get_text() for title in titles if title.get_fontweight() == "bold" and title.get_text()] == [best]
+    assert f"best head puts {visualizations.percent(shares[best])}" in " ".join(figure.get_suptitle().split())
+    assert all(boxed_cells(axes) == set(pairs) for axes in figure.axes[:8])
 
 
 def test_the_boxes_of_the_encoders_picture_join_digits_and_their_words():
@@ -309,17 +368,16 @@ def test_the_boxes_of_the_encoders_picture_join_digits_and_their_words():
     assert pairs == half | {(word, digit) for digit, word in half}
 
 
-def test_the_share_on_pairs_counts_their_rows_alone():
+def test_the_share_on_cells_counts_their_rows_alone():
     weights = torch.tensor([[0.2, 0.8, 0.0], [0.5, 0.0, 0.5], [0.0, 0.0, 1.0]])
-    assert visualizations.share_on_pairs(weights, [(0, 0), (0, 1), (1, 2)]).item() == pytest.approx(1.5 / 2)
-    assert visualizations.share_on_pairs(weights.expand(2, 4, 3, 3), [(0, 1)]).shape == (2, 4)
+    assert visualizations.share_on_cells(weights, [(0, 0), (0, 1), (1, 2)]).item() == pytest.approx(1.5 / 2)
+    assert visualizations.share_on_cells(weights.expand(2, 4, 3, 3), [(0, 1)]).shape == (2, 4)
 
 
 def test_each_strategy_keeps_what_it_promises(models):
-    prompt = visualizations.prompt_before_last_word(90210)
-    assert " ".join(prompt) == "<SOS> 9 0 2 1 0 <SEP> ninety thousand two hundred"
+    prompt = "<SOS> 9 0 2 1 0 <SEP> ninety thousand two hundred".split()
     found = visualizations.next_token_distributions(models["decoder_only"], prompt)
-    learned = found["as learned"]
+    learned = found["temperature 1"]
     logits = models["decoder_only"](torch.tensor([to_ids(prompt)]))[0, -1]
     torch.testing.assert_close(learned[1:], logits[1:].softmax(-1))
     for name, probabilities in found.items():
@@ -333,34 +391,62 @@ def test_each_strategy_keeps_what_it_promises(models):
     assert likeliest[: kept - 1].sum() < 0.9 <= likeliest[:kept].sum() + 1e-6
 
 
+def test_each_panel_of_the_strategies_holds_all_of_the_probability_and_an_outline_of_the_models_own(trained):
+    figure = visualizations.draw_sampling_strategies(trained["decoder_only"], 90210)
+    prompt = "<SOS> 9 0 2 1 0 <SEP> ninety thousand two hundred".split()
+    found = visualizations.next_token_distributions(trained["decoder_only"].model, prompt)
+    own = found["temperature 1"].topk(7).values.tolist()
+    for axes, (name, probabilities) in zip(figure.axes, found.items()):
+        widths = [bar.get_width() for bar in axes.patches]
+        assert axes._left_title.get_text() == name and len(widths) == 16
+        assert [sum(widths[:8]), sum(widths[8:])] == pytest.approx([1, 1], abs=1e-5)
+        assert widths[0] == pytest.approx(probabilities.max().item()) and widths[8:15] == pytest.approx(own)
+    kept = (found["top-p 0.9"] > 0).sum().item()
+    assert f"3 candidates and top-p 0.9 leaves {kept}" in " ".join(figure.get_suptitle().split())
+
+
 def test_pca_finds_the_directions_of_planted_data():
     generator = torch.Generator().manual_seed(0)
     coordinates = torch.randn(200, 2, generator=generator) * torch.tensor([3.0, 1.0])
     directions = torch.tensor([[0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
     points, shares = visualizations.principal_components(coordinates @ directions + 7)
-    centred = coordinates - coordinates.mean(dim=0)
+    centered = coordinates - coordinates.mean(dim=0)
     assert shares.sum().item() == pytest.approx(1)
-    assert shares[0].item() == pytest.approx((points[:, 0].square().sum() / centred.square().sum()).item(), rel=1e-4)
+    assert shares[0].item() == pytest.approx((points[:, 0].square().sum() / centered.square().sum()).item(), rel=1e-4)
     assert torch.corrcoef(torch.stack([points[:, 0].float(), coordinates[:, 0]]))[0, 1].abs() > 0.99
-    torch.testing.assert_close(torch.cdist(points, points).float(), torch.cdist(centred, centred), atol=1e-2, rtol=1e-3)
+    distances = torch.cdist(points, points).float()
+    torch.testing.assert_close(distances, torch.cdist(centered, centered), atol=1e-2, rtol=1e-3)
     assert (points.gather(0, points.abs().argmax(dim=0, keepdim=True)) > 0).all()  # signs are settled
 
 
-def test_the_word_map_sees_planted_kinds_and_knows_when_there_are_none(models):
+def test_the_word_map_sees_planted_kinds_and_reports_when_there_are_none(models):
     model = decoder_only.build_model(**TINY).cpu()
     for i, words in enumerate(visualizations.WORD_KINDS.values()):
         model.embedding.weight.data[to_ids(words), i] += 5
-    found = visualizations.map_words(model)
-    assert [len(points) for points in found.points.values()] == [9, 10, 8]
-    assert found.neighbours_here == found.neighbours_in_full == 1 and found.variance_shown > 0.8
-    assert visualizations.map_words(models["decoder_only"]).neighbours_in_full < 0.7
+    figure = visualizations.draw_token_embeddings(visualizations.Trained(model, 1.0, ""))
+    assert [len(points.get_offsets()) for points in figure.axes[0].collections] == [9, 10, 8]
+    title = " ".join(figure.get_suptitle().split())
+    assert title == "100% of the words are nearest to one of their own kind in this plane, 100% in all 32 dimensions"
+    labels = figure.axes[0].get_xlabel() + figure.axes[0].get_ylabel()  # each component, and its share of the variance
+    assert sum(int(share) for share in re.findall(r"(\d+)%", labels)) > 80
+    note = " ".join(figure.get_supxlabel().split())
+    assert "Random groups of these sizes: 31%" in note  # (9 * 8 + 10 * 9 + 8 * 7) / (27 * 26)
+    words = [word for kind in visualizations.WORD_KINDS.values() for word in kind]
+    vectors = models["decoder_only"].embedding.weight[to_ids(words)]
+    kinds = torch.tensor([0] * 9 + [1] * 10 + [2] * 8)
+    assert visualizations.share_beside_own_kind(vectors, kinds) < 0.7
+
+
+def test_the_nearest_neighbor_is_another_word():
+    vectors, kinds = torch.tensor([[0.0], [1.0], [5.0], [5.5]]), torch.tensor([0, 0, 1, 0])
+    assert visualizations.share_beside_own_kind(vectors, kinds) == 0.5
 
 
 def test_influence_is_the_derivative(models):
     model, step = decoder_only.build_model(**TINY).cpu().double(), 1e-6
     table = model.positional_encoding
     table.table = table.table.double()
-    found = visualizations.influence(model.float(), 42).weights
+    _, _, found = visualizations.influence(model.float(), 42)
     model.double()
     ids = torch.tensor([toy_dataset.decoder_only_example(42)["ids"]])
     x = model.embedding(ids).detach()
@@ -378,43 +464,115 @@ def test_influence_is_the_derivative(models):
     torch.testing.assert_close(found, squares.sqrt(), atol=1e-3, rtol=1e-2)
 
 
-def test_influence_is_exactly_0_where_a_model_may_not_look_and_nowhere_else(models):
+def test_influence_is_exactly_0_where_a_model_may_not_look_and_nowhere_else(models, figures):
     encoder, decoder, both = (visualizations.influence(models[name], 512) for name in MODULES)
-    assert (encoder.weights > 0).all()
-    assert torch.equal(decoder.weights > 0, torch.ones(8, 8).tril().bool())
-    assert both.columns == "5 1 2 <EOS> <SOS> five hundred twelve".split() and both.rows == both.columns[4:]
-    assert (both.weights[:, :4] > 0).all() and torch.equal(both.weights[:, 4:] > 0, torch.ones(4, 4).tril().bool())
+    assert (encoder[2] > 0).all()
+    assert torch.equal(decoder[2] > 0, torch.ones(8, 8).tril().bool())
+    assert both[1] == "5 1 2 <EOS> <SOS> five hundred twelve".split() and both[0] == both[1][4:]
+    assert (both[2][:, :4] > 0).all() and torch.equal(both[2][:, 4:] > 0, torch.ones(4, 4).tril().bool())
+    hatched = [sum(bool(patch.get_hatch()) for patch in axes.patches) for axes in figures["influence"].axes[:3]]
+    assert hatched == [0, 28, 6]
+    assert "decoder-only 28 of 28 cells, encoder-only 0 of 36" in " ".join(figures["influence"].get_suptitle().split())
 
 
-def test_texts_of_a_beam_are_merged_where_they_begin_alike_and_the_best_is_a_straight_line():
-    texts = ["a b c".split(), "a d".split(), "e c".split(), "a b".split()]
-    assert visualizations.group_by_beginning(texts) == [texts[0], texts[3], texts[1], texts[2]]
-    rows = visualizations.place_in_tree(texts)
-    assert [rows[tuple(texts[0][:n])] for n in range(4)] == [0, 0, 0, 0]
-    assert rows["a", "d"] == 2 and rows["e",] == rows["e", "c"] == 3
+def test_beam_search_step_by_step_is_the_beam_search_of_the_models_own_file(early):
+    model = early["encoder_decoder"].model
+    for number in (342, 90210, 605112):
+        texts, scores = encoder_decoder.beam_search(model, [encoder_decoder.make_source(number)], 3)
+        steps = visualizations.beam_steps(model, number, 3, texts.size(2))
+        assert scores[0, 0] > -math.inf
+        for ids, score in zip(texts[0, scores[0] > -math.inf].tolist(), scores[0].tolist()):
+            words = tuple(toy_dataset.to_tokens(ids))
+            assert steps[len(words) - 1][words] / len(words) == pytest.approx(score, abs=1e-4)
+        for step, following in zip(steps, steps[1:]):
+            unfinished = [text for text in step if text[-1] != "<EOS>"]
+            assert len(unfinished) == 3 and all(text[:-1] in unfinished for text in following)
+            assert list(step.values()) == sorted(step.values(), reverse=True)
 
 
-def test_a_hypothesis_has_the_probability_that_the_model_gives_to_its_words(models):
-    model = models["encoder_decoder"]
-    found = visualizations.beam_hypotheses(model, 42)
-    assert len(found) == encoder_decoder.BEAM_WIDTH
-    assert [item.score for item in found] == sorted((item.score for item in found), reverse=True)
-    for words, score, probability in found:
-        source = torch.tensor([encoder_decoder.make_source(42)])
-        log_probs = model(source, torch.tensor([to_ids(["<SOS>", *words[:-1]])]))[0].log_softmax(-1)
-        log_prob = sum(log_probs[i, token].item() for i, token in enumerate(to_ids(words)))
-        assert score == pytest.approx(log_prob / len(words), abs=1e-4)
-        assert probability == pytest.approx(math.exp(log_prob), rel=1e-2)
+def test_the_searches_compared_are_those_of_the_models_own_file_and_the_example_is_a_race(early):
+    model, numbers = early["encoder_decoder"].model, toy_dataset.make_splits().test[:300]
+    example, shares = visualizations.compare_searches(model, numbers)
+    sources = [encoder_decoder.make_source(number) for number in numbers]
+    found = {"greedy": encoder_decoder.generate(model, sources, temperature=0.0),
+             "beam": encoder_decoder.beam_search(model, sources, visualizations.BEAM_WIDTH)[0][:, 0]}
+    for share, (name, ids) in zip(shares, found.items()):
+        names = [encoder_decoder.to_words(row) for row in ids]
+        correct = [" ".join(toy_dataset.number_to_words(number)) for number in numbers]
+        assert share == pytest.approx(sum(a == b for a, b in zip(names, correct)) / 300)
+        assert " ".join(example[name]).removesuffix(" <EOS>") == names[numbers.index(example["number"])]
+    greedy, beam, steps, behind = (example[key] for key in ("greedy", "beam", "steps", "behind"))
+    assert greedy != beam == (*toy_dataset.number_to_words(example["number"]), "<EOS>")
+    for length, step in enumerate(steps[:behind], start=1):
+        assert step[greedy[:length]] >= step[beam[:length]]
+    assert steps[behind][beam[: behind + 1]] > steps[behind].get(greedy[: behind + 1], -math.inf)
+    source = torch.tensor([encoder_decoder.make_source(example["number"])])
+    probabilities = []
+    for words in (beam, greedy):
+        logits = model(source, torch.tensor([to_ids(["<SOS>", *words[:-1]])]))[0]
+        chosen = logits.log_softmax(-1)[range(len(words)), to_ids(list(words))]
+        probabilities.append(chosen.sum().exp().item())
+    assert example["ratio"] == pytest.approx(probabilities[0] / probabilities[1], rel=1e-3) and example["ratio"] > 1
+
+
+def test_the_tree_marks_both_searches_and_where_one_overtakes_the_other(monkeypatch):
+    steps = [{("a",): 0.6, ("b",): 0.4}, {("b", "c"): 0.39, ("a", "c"): 0.2}, {("b", "c", "<EOS>"): 0.3}]
+    steps = [{text: math.log(p) for text, p in step.items()} for step in steps]
+    example = {"number": 7, "greedy": ("a", "c", "<EOS>"), "beam": ("b", "c", "<EOS>"), "steps": steps, "ratio": 3.0,
+               "behind": 1}
+    monkeypatch.setattr(visualizations, "compare_searches", lambda *_: (example, [0.25, 0.5]))
+    figure = visualizations.draw_beam_search_tree(visualizations.Trained(None, 0.5, ""), [7, 8])
+    axes = figure.axes[0]
+    assert (" ".join(figure.get_suptitle().split()) == "For 7, beam search's text overtakes greedy search's in step 2 "
+            "and ends 3.0 times as probable")
+    assert "on 2 numbers: greedy 25%, beam search (width 4) 50%" in " ".join(figure.get_supxlabel().split())
+    boxes = {text.get_text(): text for text in axes.texts}
+    assert set(boxes) == {"7", "a\n60%", "b\n40%", "c\n39%", "c\n20%", "<EOS>\n30%", "overtakes"}
+    assert boxes["overtakes"].get_position()[0] == boxes["c\n39%"].get_position()[0] == 2
+    assert boxes["b\n40%"].get_position() == (1, 1) and boxes["c\n39%"].get_position() == (2, 0)  # row 0 is on top
+    colors = {line.get_label(): line.get_color() for line in axes.lines}
+    assert [label for label in colors if not label.startswith("_")] == [
+        "beam search (wrong)", "greedy (wrong)", "also kept"]  # 7 is "seven"
+    paths = {(tuple(line.get_xdata()), tuple(line.get_ydata())): line.get_color() for line in axes.lines}
+    assert paths[(0, 1), (0, 1)] == paths[(1, 2), (1, 0)] == paths[(2, 3), (0, 0)] == colors["beam search (wrong)"]
+    assert paths[(0, 1), (0, 0)] == paths[(1, 2), (0, 1)] == colors["greedy (wrong)"]
 
 
 # --- where the numbers come from ---
 
 
+def history(*accuracies) -> list[dict]:
+    """A loss at every step, and an accuracy at every second one."""
+    return [{"step": step, "loss": 1.0} | ({"exact_match": accuracies[step // 2 - 1]} if step % 2 == 0 else {})
+            for step in range(1, 2 * len(accuracies) + 1)]
+
+
+def test_an_accuracy_that_falls_back_has_not_been_reached_for_good():
+    for accuracies, step in (((0.1, 1.0, 0.7, 0.995, 1.0), 8), ((0.99, 1.0), 2), ((0.5, 1.0, 0.98), None),
+                             ((0.2,), None)):
+        assert visualizations.stays_above(history(*accuracies)) == step, accuracies
+
+
+def test_training_curves_circle_where_99_percent_is_kept_and_say_who_never_gets_there(comparison):
+    def draw(*accuracies):
+        cells = [cell | {"history": history(*accuracies[list(MODULES).index(cell["architecture"])])}
+                 for cell in comparison["cells"]]
+        return visualizations.draw_training_curves({"cells": cells})
+
+    figure = draw((1.0, 0.7, 1.0, 1.0), (0.2, 0.99, 1.0, 1.0), (0.2, 0.3, 0.4, 1.0))
+    title = " ".join(figure.get_suptitle().split())
+    assert title == "From step 8 on, held-out exact match stays at 99% or more for all three"
+    circles = {line.get_color(): line.get_xdata()[0] for line in figure.axes[1].lines if len(line.get_xdata()) == 1}
+    assert circles == dict(zip(visualizations.COLORS.values(), (6, 4, 8)))
+    assert [text.get_text() for text in figure.axes[1].texts] == ["6", "4", "8"]
+    figure = draw((1.0, 0.7, 1.0, 0.9), (0.2, 0.99, 1.0, 1.0), (0.2, 0.3, 0.4, 0.5))
+    title = " ".join(figure.get_suptitle().split())
+    assert title == "Held-out exact match does not settle at 99% or more in this run: encoder-only, encoder-decoder"
+    assert list(lines_of(figure.axes[0])) == list(visualizations.NAMES.values())
+
+
 def test_what_was_compared_is_drawn_as_it_was_measured(figures):
-    shown = {name: " ".join(" ".join(texts_in(figures[name])).split()) for name in
-             ("training_curves", "kv_cache", "comparison_matrix", "causal_wall")}
-    assert "right, in 100, 100 and 100 steps" in shown["training_curves"]
-    assert "at 512 tokens a new one costs 1.1 ms instead of 20.0" in shown["kv_cache"]
+    shown = {name: " ".join(" ".join(texts_in(figures[name])).split()) for name in ("comparison_matrix", "causal_wall")}
     matrix = shown["comparison_matrix"]
     assert matrix.count("90%") == 3 + 1 and matrix.count("20%") == 6 + 1  # and each once in the title
     assert shown["comparison_matrix"].count("12 ms, 12 passes") == 9
@@ -427,10 +585,12 @@ def test_a_comparison_is_used_only_if_it_belongs_to_todays_constants(monkeypatch
     path = tmp_path / "comparison.json"
     monkeypatch.setattr(compare_architectures, "COMPARISON", path)
     assert visualizations.load_comparison() is None
-    constants = {"D_MODEL": compare_architectures.D_MODEL, "toy_dataset.SEED": toy_dataset.SEED}
+    constants = compare_architectures.all_constants()
+    without_one = {name: value for name, value in constants.items() if name != "D_MODEL"}
     for text, fits in ((json.dumps({"constants": constants}), True), ("{\"constants\": {", False), ("{}", False),
                        (json.dumps({"constants": constants | {"D_MODEL": 7}}), False),
-                       (json.dumps({"constants": constants | {"toy_dataset.SEED": 7}}), False)):
+                       (json.dumps({"constants": constants | {"toy_dataset.SEED": 7}}), False),
+                       (json.dumps({"constants": without_one}), False)):
         path.write_text(text)
         assert (visualizations.load_comparison() is not None) == fits, text
 
@@ -449,19 +609,29 @@ def test_the_committed_measurements_have_what_the_pictures_draw(comparison):
         assert draw(found).get_suptitle().count("\n") <= 1
 
 
-def test_checkpoints_are_used_where_they_fit_and_others_are_not_touched(models, monkeypatch, tmp_path):
-    for module in MODULES.values():
-        monkeypatch.setattr(module, "CHECKPOINT", tmp_path / f"{module.__name__}.pt")
-        defaults = list(module.load.__defaults__)
-        monkeypatch.setattr(module.load, "__defaults__", (module.CHECKPOINT, *defaults[1:]))
-    decoder = decoder_only.build_model()
-    decoder_only.save(decoder, decoder_only.CHECKPOINT)
-    encoder_decoder.save(models["encoder_decoder"], encoder_decoder.CHECKPOINT)  # of other sizes
-    before = encoder_decoder.CHECKPOINT.read_bytes()
-    found = visualizations.load_models()
-    assert found["encoder_only"] is found["encoder_decoder"] is None
-    assert torch.equal(found["decoder_only"].embedding.weight, decoder.embedding.weight.cpu())
-    assert encoder_decoder.CHECKPOINT.read_bytes() == before
+def test_a_fitting_checkpoint_is_used_and_otherwise_a_new_model_is_trained_and_not_saved(models, monkeypatch):
+    trainings = []
+
+    def train(model, loaders, num_epochs, num_evaluations, progress):
+        trainings.append((model, num_epochs * len(loaders.train)))
+
+    monkeypatch.setattr(decoder_only, "train", train)
+    monkeypatch.setattr(decoder_only, "evaluate", lambda *_: {"exact_match": 0.25})
+    monkeypatch.setattr(decoder_only, "save", None)  # calling it would raise
+    monkeypatch.setattr(decoder_only, "load", lambda: models["decoder_only"])
+    found = visualizations.train_and_measure(decoder_only)
+    assert found.model is models["decoder_only"] and not trainings
+    assert found.accuracy == 0.25 and found.note == "Held-out accuracy: 25% of 2,000 names."
+    new = visualizations.train_and_measure(decoder_only, num_steps=5).model  # undertrained, whatever was saved
+    assert new is not models["decoder_only"] and trainings == [(new, 5)] and not new.training
+
+    def load():
+        raise toy_dataset.InputError("of other sizes")
+
+    monkeypatch.setattr(decoder_only, "load", load)
+    new = visualizations.train_and_measure(decoder_only).model
+    num_steps = visualizations.EPOCHS * len(decoder_only.create_dataloaders().train)
+    assert trainings[1:] == [(new, num_steps)]
 
 
 @pytest.fixture(scope="module")
@@ -469,14 +639,17 @@ def small_copy(tmp_path_factory, comparison):
     """The repository's scripts in a folder of their own, with small models, and no checkpoints."""
     folder = tmp_path_factory.mktemp("copy")
     small = {"D_MODEL": 32, "NUM_LAYERS": 1, "D_FF": 64, "NUM_TRAIN": 300, "NUM_TEST": 400, "EARLY_STEPS": 4,
-             "DEPTH": 3, "DEEP_STEPS": 3}
+             "DEPTH": 3, "DEEP_STEPS": 3, "NUM_SEARCHED": 20}
     for path in ROOT.glob("*.py"):
         source = path.read_text()
         for name, value in small.items():
             source = re.sub(rf"^{name} = [\d_]+", f"{name} = {value}", source, flags=re.MULTILINE)
         (folder / path.name).write_text(source)
     (folder / "figures").mkdir()
-    (folder / "figures" / "comparison.json").write_text(json.dumps(comparison | {"constants": {}}))
+    constants = {name: small.get(name.removeprefix("toy_dataset."), value)
+                 for name, value in compare_architectures.all_constants().items()}
+    (folder / "figures" / "comparison.json").write_text(json.dumps(comparison | {"constants": constants}))
+    shutil.copy(ROOT / "figures" / "style.mplstyle", folder / "figures")
     return folder
 
 
@@ -491,7 +664,8 @@ def test_the_script_trains_what_is_missing_writes_all_and_says_what_to_see(small
     done = run_script(small_copy)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and max(map(len, done.stdout.splitlines())) <= 100
-    assert done.stdout.count("no checkpoint that fits") == 3 and "100%" in done.stderr  # the progress bar
+    for name in visualizations.NAMES.values():
+        assert f"{name}, no matching checkpoint: 100%" in done.stderr  # the progress bar
     for name in PROMISED:
         assert re.search(rf"^figures/{name}\.png\n    \S", done.stdout, re.MULTILINE), name
         assert (small_copy / "figures" / f"{name}.png").stat().st_size > 10_000
@@ -503,16 +677,20 @@ def test_a_mistake_gets_one_sentence(small_copy):
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "takes no arguments" in wrong.stderr
     (small_copy / "blocked").write_text("a file where the folder should be")
     source = small_copy / "visualizations.py"
-    source.write_text(source.read_text().replace('"figures"', '"blocked"'))
+    source.write_text(source.read_text().replace('FIGURES = Path(__file__).parent / "figures"',
+                                                 'FIGURES = Path(__file__).parent / "blocked"'))
     blocked = run_script(small_copy)
     assert blocked.returncode == 1 and len(blocked.stderr.splitlines()) == 1 and "blocked" in blocked.stderr
 
 
-def test_the_accuracy_in_the_corner_is_measured_on_numbers_of_the_test(models):
-    loaders = decoder_only.create_dataloaders()
-    found = visualizations.measure(decoder_only, models["decoder_only"], loaders.test)
-    assert found.accuracy == 0 and "2,000 numbers" in found.note  # it is untrained
-    assert loaders.test.dataset.numbers[0] not in toy_dataset.make_splits().train
+def test_the_accuracy_in_a_note_is_measured_on_test_numbers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(encoder_only, "load", lambda: encoder_only.build_model(**TINY))
+    monkeypatch.setattr(encoder_only, "evaluate", lambda _, batches: seen.extend(batches) or {"accuracy": 0.5})
+    assert "50% of the masked tokens in 2,000 texts" in visualizations.train_and_measure(encoder_only).note
+    expected = [toy_dataset.masked_lm_example(number)["ids"] for number in toy_dataset.make_splits().test[:2000]]
+    found = [[token for token in row if token != toy_dataset.PAD_ID] for batch in seen for row in batch["ids"].tolist()]
+    assert found == expected
 
 
 def test_shown_numbers_are_held_out():
