@@ -28,9 +28,10 @@ On paper, one head with d_k = 2 and frequency 1: rotate((1, 0), t) = (cos t, sin
 (-0.4161, -0.4161)
 
 Papers: Vaswani et al. 2017, section 3.5 (sinusoidal); Devlin et al. 2019 (learned, in BERT); Kazemnejad et al. 2023
-(none, "NoPE"); Su et al. 2021, section 3.4.2 (RoPE); Press et al. 2022, section 3 (ALiBi); Raffel et al. 2020, section
-2.1 (T5's buckets); Chen et al. 2023, section 2.3 (position interpolation). Simplified: T5 does not divide the scores
-by sqrt(d_k), this file does so in all six.
+(none, "NoPE"); Su et al. 2021, section 3.2 (RoPE); Press et al. 2022, section 3 (ALiBi); Raffel et al. 2020, section
+2.1 (T5's buckets); Chen et al. 2023, section 2.3 (position interpolation: positions divided by a constant, then a short
+further training); Roziere et al. 2023, section 2.4 (Code Llama: a larger base instead). Simplified: T5 does not divide
+the scores by sqrt(d_k), this file does so in all six; further training uses the same short texts, not longer ones.
 
 What you will see (under three minutes on two CPU cores): (a) six models trained on short texts and tested on longer
 ones, and what stretches a trained RoPE model without training; (b) the same six on the base task, with several seeds.
@@ -42,6 +43,7 @@ import random
 import statistics
 import sys
 import textwrap
+from copy import deepcopy
 from pathlib import Path
 
 import matplotlib
@@ -70,8 +72,8 @@ TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3,
 TEST_PAIRS = (1, 2, 3, 4, 6, 8, 12)  # numbers in a test text
 NUM_STEPS = 500                      # training steps. Try 1000: do long texts improve, or only short ones?
 NUM_TEXTS = 250                      # test texts for each length
-INTERPOLATION = 4.0                  # position interpolation divides all positions by this. Try 2, 8
-LARGER_BASE = 40_000.0               # and this replaces ROTARY_BASE in the trained model. Try 100_000
+STRETCH = 4.0                        # a trained RoPE model's slowest rotation becomes slower by this factor. Try 2
+FURTHER_STEPS = 100                  # training steps after stretching. Try 300: is the damage repaired?
 
 # --- (b) the base task ---
 NUM_EPOCHS = 2            # passes over the training numbers. Try 10 (slow): is there any difference left?
@@ -290,39 +292,52 @@ def make_text(numbers: list[int], only_last: bool) -> dict:
     return {"ids": ids[:-1], "targets": targets}
 
 
-def make_texts(seed: int) -> tuple[Splits, dict]:
-    """Training batches, and for each number of pairs k the test batches. All texts of a batch have the same k."""
+def make_texts(seed: int) -> tuple[list, dict]:
+    """Training batches, and for each number of pairs its test batches. All texts of a batch have equally many pairs."""
     rng, splits = random.Random(seed), make_splits()
-    train = []
-    for step in range(NUM_STEPS):
-        pairs = TRAIN_PAIRS[step % len(TRAIN_PAIRS)]
-        train.append(pad_batch([make_text(rng.choices(splits.train, k=pairs), False) for _ in range(BATCH_SIZE)]))
-    test = {}
-    for pairs in TEST_PAIRS:
-        texts = [make_text(rng.choices(splits.test, k=pairs), True) for _ in range(NUM_TEXTS)]
-        test[pairs] = [pad_batch(texts[i:i + 50]) for i in range(0, NUM_TEXTS, 50)]
-    return Splits(train, [], []), test
+
+    def batch(numbers, pairs, size, only_last):
+        return pad_batch([make_text(rng.choices(numbers, k=pairs), only_last) for _ in range(size)])
+
+    train = [batch(splits.train, TRAIN_PAIRS[step % len(TRAIN_PAIRS)], BATCH_SIZE, only_last=False)
+             for step in range(NUM_STEPS + FURTHER_STEPS)]
+    return train, {pairs: [batch(splits.test, pairs, 50, only_last=True) for _ in range(math.ceil(NUM_TEXTS / 50))]
+                   for pairs in TEST_PAIRS}
+
+
+def stretch(model, base=ROTARY_BASE, interpolation=1.0):
+    """Change how a RoPE model rotates, and nothing else; returns it."""
+    for layer in model.layers:
+        layer.attention.base, layer.attention.interpolation = base, interpolation
+    return model
 
 
 def measure_length(bar) -> dict[str, list[float]]:
-    """(a): for each encoding, the share of correct last names for each of TEST_PAIRS."""
-    loaders, test = make_texts(SEEDS[0])
-
-    def accuracies(model):
-        return [decoder_only.evaluate(model, test[pairs])["exact_match"] for pairs in TEST_PAIRS]
-
+    """(a): for each encoding, and for stretched RoPE models, the share of correct last names for each of TEST_PAIRS."""
+    train_batches, test = make_texts(SEEDS[0])
     found = {}
+
+    def train(model, batches, peak):
+        decoder_only.train(model, Splits(batches, [], []), 1, peak, num_evaluations=0, progress=bar)
+        return model
+
+    def test_as(name, model):
+        found[name] = [decoder_only.evaluate(model, test[pairs])["exact_match"] for pairs in TEST_PAIRS]
+
     for encoding in ENCODINGS:
-        model = build(encoding, SEEDS[0])
-        decoder_only.train(model, loaders, 1, LEARNING_RATE, num_evaluations=0, progress=bar)
-        found[encoding] = accuracies(model)
+        model = train(build(encoding, SEEDS[0]), train_batches[:NUM_STEPS], LEARNING_RATE)
+        test_as(encoding, model)
         if encoding == "RoPE":
-            for name, setting, value in ((f"RoPE, positions / {INTERPOLATION:g}", "interpolation", INTERPOLATION),
-                                         (f"RoPE, base {LARGER_BASE:,.0f}", "base", LARGER_BASE)):
-                for layer in model.layers:
-                    layer.attention.base, layer.attention.interpolation = ROTARY_BASE, 1.0
-                    setattr(layer.attention, setting, value)
-                found[name] = accuracies(model)
+            rotary = model
+    # Both divide the slowest frequency, base^(-(d_k - 2) / d_k), by STRETCH. A larger base leaves the fastest as it is.
+    d_k = D_MODEL // rotary.constants["NUM_HEADS"]
+    larger = ROTARY_BASE * STRETCH ** (d_k / (d_k - 2))
+    test_as(f"RoPE, base {larger:,.0f}", stretch(rotary, base=larger))
+    test_as(f"RoPE, positions / {STRETCH:g}", stretch(rotary, interpolation=STRETCH))
+    for name, interpolation in ((f"RoPE, positions / {STRETCH:g}", STRETCH), ("RoPE", 1.0)):
+        further = train(stretch(deepcopy(rotary), interpolation=interpolation), train_batches[NUM_STEPS:],
+                        LEARNING_RATE / 2)
+        test_as(f"{name}, {FURTHER_STEPS} more steps", further)
     return found
 
 
@@ -398,20 +413,22 @@ def say(text: str) -> None:
 def main() -> None:
     """Both measurements, their tables, and what they come to."""
     steps_per_epoch = math.ceil(len(make_splits().train) / BATCH_SIZE)
-    num_steps = len(ENCODINGS) * (NUM_STEPS + len(SEEDS) * NUM_EPOCHS * steps_per_epoch)
+    num_steps = len(ENCODINGS) * (NUM_STEPS + len(SEEDS) * NUM_EPOCHS * steps_per_epoch) + 2 * FURTHER_STEPS
     with tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
         accuracies = measure_length(bar)
         mistakes = measure_base_task(bar)
 
-    print(f"\n(a) TRAINED on texts of {TRAIN_PAIRS[0]} to {TRAIN_PAIRS[-1]} numbers and names, {NUM_STEPS} steps "
-          f"of {BATCH_SIZE}:\n    last name correct, by the number of pairs in the text\n")
-    print(f"  {'':24}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS))
+    print(f"\n(a) TRAINED on texts of {TRAIN_PAIRS[0]} to {TRAIN_PAIRS[-1]} numbers and names, {NUM_STEPS} steps of "
+          f"{BATCH_SIZE}, one seed: last name correct,\n    by the number of pairs in the text; beyond: mean over the "
+          f"lengths not trained\n\n  {'':33}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS) + f"{'beyond':>9}")
+    beyond = {name: statistics.mean(share for pairs, share in zip(TEST_PAIRS, shares) if pairs > TRAIN_PAIRS[-1])
+              for name, shares in accuracies.items()}
     for name, shares in accuracies.items():
-        print(f"  {name:24}" + "".join(f"{share:7.0%}" for share in shares))
-    last = {encoding: accuracies[encoding][-1] for encoding in ENCODINGS}
-    furthest = max(last, key=last.get)
-    say(f"Reads furthest: {furthest}, {last[furthest]:.0%} at {TEST_PAIRS[-1]} pairs (sinusoidal, the base: "
-        f"{last['sinusoidal']:.0%}).")
+        print(f"  {name:33}" + "".join(f"{share:7.0%}" for share in shares) + f"{beyond[name]:9.0%}")
+    furthest = max(ENCODINGS, key=beyond.get)
+    stretched = [f"{name} {share:.0%}" for name, share in beyond.items() if name not in ENCODINGS]
+    say(f"Beyond the trained lengths {furthest} is best, {beyond[furthest]:.0%} correct (sinusoidal, the base: "
+        f"{beyond['sinusoidal']:.0%}). RoPE {beyond['RoPE']:.0%}; stretched: {'; '.join(stretched)}.")
 
     print(f"\n(b) BASE TASK, {NUM_EPOCHS} epochs: held-out numbers misnamed, mean of {len(SEEDS)} seeds (range)\n")
     print(f"  {'':12}{'with a zero':>24}{'without':>24}")
