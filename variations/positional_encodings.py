@@ -1,24 +1,24 @@
-"""positional_encodings.py - six ways to tell a transformer the order of its tokens, and which one reads furthest.
+"""positional_encodings.py - six ways to encode the order of tokens, and which of them work beyond the trained length.
 
-The problem. Attention computes the same output for any order of its keys, so order has to be added. The 2017 paper
-adds a vector to each embedding that depends on the absolute position. A model trained on texts of up to 50 tokens has
-then never seen the vector of position 51, and has never learned what to do with it.
+The problem. Without a mask, attention computes the same output for any order of its keys, so order has to be encoded.
+The 2017 paper adds a vector to each embedding that depends on the absolute position. A model trained on texts of up to
+50 tokens has never seen the vector of position 51, and nothing in its training says what to do with it.
 
-The idea. What matters is usually how far apart two tokens are, and that can be put where tokens meet: into the score
-of query t and key s. Relative encodings differ in how they do it:
+The idea. What matters is usually how far apart two tokens are, so relative encodings put the distance where two
+positions meet: into the score of the query at t and the key at s.
 
     RoPE     score = rotate(q, t) . rotate(k, s) / sqrt(d_k)      turns query and key by an angle proportional to their
                                                                   position; the dot product sees only the difference
     ALiBi    score = q . k / sqrt(d_k) - slope_h * (t - s)        a fixed penalty on distance, one slope for each head
     T5       score = q . k / sqrt(d_k) + b[bucket(t - s), h]      a learned number for each head and range of distances
 
-and beside them three that leave attention as it is: sinusoidal (the base file), learned (an embedding table for
-positions, as in BERT and GPT-2), and none at all (the causal mask alone tells a decoder something about order).
+The other three leave attention unchanged: sinusoidal (the base file), learned (an embedding table for positions, as in
+BERT and GPT-2), and none at all (the causal mask alone gives a decoder some information about order).
 
-How attention learns the positions. It is given no positions, only x, the mask and the cache. The cache's length tells
-the index of each new token, and that is enough: prompts in a batch are padded on the left, which shifts the indices of
-a row's queries and keys by the same amount, and a relative encoding depends on their difference alone. For the same
-reason keys can be cached rotated: each is rotated once, by its own index, and never again.
+Where attention gets the positions from. Its arguments are x, the mask and the cache, no positions. The length of the
+cache gives the index of each new token, and that is enough: left padding shifts the indices of all queries and keys of
+a row by the same amount, and a relative encoding depends only on their difference. For the same reason keys can be
+cached rotated: each is rotated once, by its own index, and never again.
 
 On paper, one head with d_k = 2 and frequency 1: rotate((1, 0), t) = (cos t, sin t). A query (1, 0) at t = 5 and a key
 (1, 0) at s = 3 have the dot product cos 5 cos 3 + sin 5 sin 3 = cos(5 - 3), as have t = 105 and s = 103:
@@ -29,13 +29,14 @@ On paper, one head with d_k = 2 and frequency 1: rotate((1, 0), t) = (cos t, sin
 
 Papers: Vaswani et al. 2017, section 3.5 (sinusoidal); Devlin et al. 2019 (learned, in BERT); Kazemnejad et al. 2023
 (none, "NoPE"); Su et al. 2021, section 3.2 (RoPE); Press et al. 2022, section 3 (ALiBi); Raffel et al. 2020, section
-2.1 (T5's buckets); Chen et al. 2023, section 2.3 (position interpolation: positions divided by a constant, then a short
-further training); Roziere et al. 2023, section 2.4 (Code Llama: a larger base instead). Simplified: T5 does not divide
-the scores by sqrt(d_k), this file does so in all six; further training uses the same short texts, not longer ones.
+2.1 (T5's buckets). Stretching RoPE: Chen et al. 2023, section 2.3 (position interpolation: all positions divided by a
+constant, then a short further training); Peng et al. 2023, section 3.1 (the larger base, "NTK-aware"). Simplified: T5
+does not divide the scores by sqrt(d_k), this file does in all six; further training here uses texts of the trained
+lengths, where Chen et al. train on long ones.
 
 What you will see (under three minutes on two CPU cores): (a) six models trained on short texts and tested on longer
-ones, and what stretches a trained RoPE model without training; (b) the same six on the base task, with several seeds.
-Writes figures/variations/positional_encodings.png.
+ones, and a trained RoPE model stretched to longer texts, with and without further training; (b) the same six encodings
+on the base task, with several seeds. Writes figures/variations/positional_encodings.png.
 """
 
 import math
@@ -63,17 +64,17 @@ from toy_dataset import EOS_ID, IGNORE, SOS_ID, Splits, make_splits, number_to_w
 # ======================================================================================================
 
 # --- the encodings ---
-ROTARY_BASE = 10_000.0    # the slowest rotation takes about 2 pi * ROTARY_BASE positions. Try 100, 500_000 (Llama 3)
+ROTARY_BASE = 10_000.0    # the slowest pair takes at most 2 pi * ROTARY_BASE positions a turn. Try 100, 500_000
 NUM_BUCKETS = 32          # T5: how many different ranges of distances. Try 8
 MAX_DISTANCE = 128        # T5: all distances from here on share the last bucket. Try 32
 
 # --- (a) longer texts than in training ---
-TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3, 4, 5, 6): does learned catch up?
+TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3, 4, 5, 6): which encodings profit?
 TEST_PAIRS = (1, 2, 3, 4, 6, 8, 12)  # numbers in a test text
-NUM_STEPS = 500                      # training steps. Try 1000: do long texts improve, or only short ones?
+NUM_STEPS = 500                      # training steps. Try 1000: do long texts improve too?
 NUM_TEXTS = 250                      # test texts for each length
-STRETCH = 4.0                        # a trained RoPE model's slowest rotation becomes slower by this factor. Try 2
-FURTHER_STEPS = 100                  # training steps after stretching. Try 300: is the damage repaired?
+STRETCH = 4.0                        # slows the slowest rotation of a trained RoPE model by this factor. Try 2
+FURTHER_STEPS = 100                  # training steps after stretching. Try 300
 
 # --- (b) the base task ---
 NUM_EPOCHS = 2            # passes over the training numbers. Try 10 (slow): is there any difference left?
@@ -97,20 +98,22 @@ def rotate(x, positions, base=ROTARY_BASE):
         (x_i, x_{i + d_k/2}) <- (x_i cos a - x_{i + d_k/2} sin a,  x_i sin a + x_{i + d_k/2} cos a),
         a = position * base^(-2i / d_k)
 
-    The pairs are (i, i + d_k/2), as in Llama's published weights, not (2i, 2i + 1), as in the paper. Projections are
-    learned, so either order does; but weights trained with one are useless with the other. positions: (T).
+    The pairs are (i, i + d_k/2), as in Hugging Face's Llama; the paper and Meta's own code pair (2i, 2i + 1). Training
+    works equally well with either, but weights trained with one must be permuted for the other. positions: (T).
     """
     half = x.size(-1) // 2
     frequencies = base ** (-torch.arange(half, device=x.device) / half)                 # (d_k/2)
     angles = positions[:, None] * frequencies                                           # (T, d_k/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                       # angles themselves in float32
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                       # the angles stay in float32
     first, second = x[..., :half], x[..., half:]                                        # (..., T, d_k/2) each
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)  # (..., T, d_k)
 
 
 class RotaryAttention(nn.Module):
-    """decoder_only.MultiHeadAttention with rotated queries and keys. Values are not rotated: they are what is read,
-    and reading something should not depend on where it stands."""
+    """decoder_only.MultiHeadAttention with rotated queries and keys.
+
+    Values are not rotated: the position decides which token is attended to, not what is read from it.
+    """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
@@ -145,8 +148,8 @@ class LinearBias(nn.Module):
 
         bias_h = -slope_h * distance,    slope_h = 2^(-8h / H) for h = 1 ... H
 
-    Steep heads look at close neighbors, flat ones at the whole text. However long the text, what is added to the scores
-    of nearby keys is what it was in training.
+    Heads with a steep slope attend to close neighbors, flat ones to the whole text. In a longer text the bias of nearby
+    keys is what it was in training, and keys further away than any in training get less weight still.
     """
 
     def __init__(self, num_heads: int):
@@ -161,8 +164,8 @@ class LinearBias(nn.Module):
 class BucketedBias(nn.Module):
     """T5: distances (T, S) -> a learned number for each head and bucket, (H, T, S).
 
-    Half of the buckets hold one small distance each; the others grow geometrically up to MAX_DISTANCE, and the last one
-    holds everything beyond. Distances never seen in training fall into buckets that may have been.
+    Half of the buckets hold one small distance each. The others grow geometrically up to MAX_DISTANCE, and the last one
+    holds everything beyond. A bucket that no training text was long enough to reach keeps its initial bias, 0.
     """
 
     def __init__(self, num_heads: int):
@@ -218,8 +221,10 @@ class BiasedAttention(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """In place of decoder_only.PositionalEncoding: a trained vector for each position. Those beyond the training texts
-    keep their random start."""
+    """In place of decoder_only.PositionalEncoding: a trained vector for each position.
+
+    The vectors beyond the longest training text keep their random initial values.
+    """
 
     def __init__(self, d_model: int, max_length: int):
         super().__init__()
