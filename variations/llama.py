@@ -32,8 +32,8 @@ large models, and a lower loss is not to be expected from them here.
 Papers: Touvron et al. 2023a, 2023b (Llama, section 2.2, and Llama 2). The definitions are those of the published
 models, so that weights could be copied: epsilon inside the root, statistics in float32, RoPE with base 10000 on the
 pairs (i, i + d_k/2) as in Hugging Face's version, SwiGLU's width 2/3 of D_FF, rounded up to a multiple. Simplified:
-input and output share one embedding table, as in the base file (Llama 1 and 2 have two), scaled by sqrt(C) at the input (Llama
-does not scale), and the initialization is the base's.
+input and output share one embedding table, as in the base file, scaled by sqrt(C) at the input (Llama 1 and 2 have two
+tables and do not scale), and the initialization is the base's.
 
 What you will see (under three minutes on two CPU cores): one row for the base, one for each exchange alone, one for
 all five. The loss covers the names only, so an ideal model reaches 0.
