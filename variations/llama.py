@@ -138,6 +138,8 @@ class LlamaAttention(nn.Module):
         super().__init__()
         if num_heads % num_kv_heads:
             raise InputError(f"NUM_KV_HEADS = {num_kv_heads} must divide NUM_HEADS = {num_heads}.")
+        if rotary and d_model // num_heads % 2:
+            raise InputError(f"D_MODEL / NUM_HEADS = {d_model // num_heads} must be even: RoPE rotates pairs.")
         self.d_k, self.group_size, self.rotary = d_model // num_heads, num_heads // num_kv_heads, rotary
         self.query = nn.Linear(d_model, d_model)
         self.key = nn.Linear(d_model, num_kv_heads * self.d_k)    # (G * d_k) wide: this is what GQA saves,

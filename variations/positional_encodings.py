@@ -57,7 +57,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base file
 
 import decoder_only
 from decoder_only import scaled_dot_product_attention
-from toy_dataset import EOS_ID, IGNORE, SOS_ID, Splits, make_splits, number_to_words, pad_batch, run_script, to_ids
+from toy_dataset import EOS_ID, IGNORE, MAX_DIGITS, MAX_WORDS, SOS_ID, InputError, Splits
+from toy_dataset import make_splits, number_to_words, pad_batch, run_script, to_ids
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -82,7 +83,7 @@ SEEDS = (0, 1, 2)         # of initial weights and order of batches
 
 # --- both ---
 D_MODEL = 64              # half of the base model's width, for speed. Try 128
-MAX_LENGTH = 256          # room for the longest test text: 12 pairs of at most 17 tokens
+MAX_LENGTH = 1 + max(TRAIN_PAIRS + TEST_PAIRS) * (MAX_DIGITS + MAX_WORDS + 2)  # room for the longest text
 BATCH_SIZE = 48
 LEARNING_RATE = 4e-3      # twice the base model's: half its width tolerates it
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "positional_encodings.png"
@@ -117,6 +118,8 @@ class RotaryAttention(nn.Module):
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
+        if d_model // num_heads % 2:
+            raise InputError(f"D_MODEL / NUM_HEADS = {d_model // num_heads} must be even: RoPE rotates pairs.")
         self.num_heads = num_heads
         self.base, self.interpolation = ROTARY_BASE, 1.0  # plain numbers: can be changed in a trained model
         self.query = nn.Linear(d_model, d_model)
@@ -298,7 +301,7 @@ def make_text(numbers: list[int], only_last: bool) -> dict:
 
 
 def make_texts(seed: int) -> tuple[list, dict]:
-    """Training batches, and for each number of pairs its test batches. All texts of a batch have equally many pairs."""
+    """Training batches, and for each number of pairs its test batches. The texts of a batch have equally many pairs."""
     rng, splits = random.Random(seed), make_splits()
 
     def batch(numbers, pairs, size, only_last):
@@ -417,6 +420,8 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Both measurements, their tables, and what they come to."""
+    if max(TEST_PAIRS) <= max(TRAIN_PAIRS):
+        raise InputError(f"TEST_PAIRS = {TEST_PAIRS} needs a length beyond the longest of TRAIN_PAIRS = {TRAIN_PAIRS}.")
     steps_per_epoch = math.ceil(len(make_splits().train) / BATCH_SIZE)
     num_steps = len(ENCODINGS) * (NUM_STEPS + len(SEEDS) * NUM_EPOCHS * steps_per_epoch) + 2 * FURTHER_STEPS
     with tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
@@ -426,7 +431,7 @@ def main() -> None:
     print(f"\n(a) TRAINED on texts of {TRAIN_PAIRS[0]} to {TRAIN_PAIRS[-1]} numbers and names, {NUM_STEPS} steps of "
           f"{BATCH_SIZE}, one seed: last name correct,\n    by the number of pairs in the text; beyond: mean over the "
           f"lengths not trained\n\n  {'':33}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS) + f"{'beyond':>9}")
-    beyond = {name: statistics.mean(share for pairs, share in zip(TEST_PAIRS, shares) if pairs > TRAIN_PAIRS[-1])
+    beyond = {name: statistics.mean(share for pairs, share in zip(TEST_PAIRS, shares) if pairs > max(TRAIN_PAIRS))
               for name, shares in accuracies.items()}
     for name, shares in accuracies.items():
         print(f"  {name:33}" + "".join(f"{share:7.0%}" for share in shares) + f"{beyond[name]:9.0%}")

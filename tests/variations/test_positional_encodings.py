@@ -157,6 +157,14 @@ def test_rows_differ_when_their_ranges_over_the_seeds_do_not_overlap():
     assert not positional_encodings.differ([1, 3, 5], [4, 6, 8])
 
 
+def test_what_cannot_work_is_refused_with_the_constants_in_question(monkeypatch):
+    with pytest.raises(positional_encodings.InputError, match="D_MODEL / NUM_HEADS = 3 must be even"):
+        RotaryAttention(12, 4, 0.0)
+    monkeypatch.setattr(positional_encodings, "TEST_PAIRS", (1, 2))
+    with pytest.raises(positional_encodings.InputError, match="TEST_PAIRS"):
+        positional_encodings.main()
+
+
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys, tmp_path):
     small = dict(D_MODEL=16, NUM_STEPS=2, FURTHER_STEPS=1, NUM_TEXTS=4, BATCH_SIZE=4, TEST_PAIRS=(1, 4), SEEDS=(0, 1),
                  NUM_EPOCHS=1, FIGURE=tmp_path / "new" / "picture.png")
