@@ -1,8 +1,8 @@
 """llama.py - from GPT-2 to Llama in five exchanges, each measured alone and all together.
 
-The problem. The decoder of decoder_only.py is GPT-2's (with fixed positions). Open models since 2023 share another
-recipe, Llama's, which consists of five replacements, each published before and each small. A paper that
-introduces a whole model can't say which of them matters. At this size one can measure.
+The problem. The decoder of decoder_only.py is GPT-2's (with sinusoidal positions). Most open models since 2023 follow
+Llama instead, which replaces five parts. Each replacement is small and was published earlier; a paper that introduces
+a whole model does not say how much each contributes. At this size that can be measured.
 
 The idea, five times:
 
@@ -26,13 +26,14 @@ the model. SwiGLU (Shazeer 2020): lower perplexity at equal parameters and compu
 explanation". RoPE (Su et al. 2021): faster convergence. GQA (Ainslie et al. 2023; in Llama 2's two largest models):
 nearly the quality of multi-head attention at nearly the speed of multi-query attention, for a model of 11 billion
 parameters, where reading the cache dominates. No biases (Chowdhery et al. 2022, PaLM, section 2): more stable training
-of large models. So RMSNorm, RoPE and SwiGLU promise something at any size; GQA and the missing biases promise something
-for large models, and a lower loss should not be expected from them here.
+of large models. So RMSNorm, RoPE and SwiGLU claim a gain at moderate sizes too. GQA and the missing biases are made for
+large models, and a lower loss is not to be expected from them here.
 
 Papers: Touvron et al. 2023a, 2023b (Llama, section 2.2, and Llama 2). The definitions are those of the published
 models, so that weights could be copied: epsilon inside the root, statistics in float32, RoPE with base 10000 on the
-pairs (i, i + d_k/2), SwiGLU's width 2/3 of D_FF, rounded up to a multiple. Simplified: input and output share one
-embedding table, as in the base file (Llama's first versions have two), and the base's initial weights are used.
+pairs (i, i + d_k/2) as in Hugging Face's version, SwiGLU's width 2/3 of D_FF, rounded up to a multiple. Simplified:
+input and output share one embedding table, as in the base file, scaled by sqrt(C) at the input (Llama 1 and 2 have two
+tables and do not scale), and the initialization is the base's.
 
 What you will see (under three minutes on two CPU cores): one row for the base, one for each exchange alone, one for
 all five. The loss covers the names only, so an ideal model reaches 0.
@@ -63,7 +64,7 @@ from toy_dataset import InputError, make_splits, run_script
 # --- model ---
 D_MODEL = 64              # half of the base model's width, for speed; D_FF is four times as much. Try 128
 NUM_KV_HEADS = 2          # key-value heads for NUM_HEADS query heads; it must divide them. Try 1, 4 (no sharing)
-ROTARY_BASE = 10_000.0    # the slowest rotation takes about 2 pi * ROTARY_BASE positions. Try 100, 500_000 (Llama 3)
+ROTARY_BASE = 10_000.0    # the slowest pair takes at most 2 pi * ROTARY_BASE positions a turn. Try 100, 500_000
 EPSILON = 1e-5            # in RMSNorm: 1e-6 in Llama, 1e-5 since Llama 2
 MULTIPLE_OF = 8           # SwiGLU's width is rounded up to this; 256 in Llama, for fast matrix products
 
@@ -116,13 +117,13 @@ def rotate(x, positions, base=ROTARY_BASE):
         (x_i, x_{i + d_k/2}) <- (x_i cos a - x_{i + d_k/2} sin a,  x_i sin a + x_{i + d_k/2} cos a),
         a = position * base^(-2i / d_k)
 
-    The pairs are (i, i + d_k/2), as in Llama's published weights, not (2i, 2i + 1), as in the paper. Projections are
-    learned, so either order does; but weights trained with one are useless with the other. positions: (T).
+    The pairs are (i, i + d_k/2), as in Hugging Face's Llama; the paper and Meta's own code pair (2i, 2i + 1). Training
+    works equally well with either, but weights trained with one must be permuted for the other. positions: (T).
     """
     half = x.size(-1) // 2
     frequencies = base ** (-torch.arange(half, device=x.device) / half)                 # (d_k/2)
     angles = positions[:, None] * frequencies                                           # (T, d_k/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                       # angles themselves in float32
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                       # the angles stay in float32
     first, second = x[..., :half], x[..., half:]                                        # (..., T, d_k/2) each
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
@@ -137,6 +138,8 @@ class LlamaAttention(nn.Module):
         super().__init__()
         if num_heads % num_kv_heads:
             raise InputError(f"NUM_KV_HEADS = {num_kv_heads} must divide NUM_HEADS = {num_heads}.")
+        if rotary and d_model // num_heads % 2:
+            raise InputError(f"D_MODEL / NUM_HEADS = {d_model // num_heads} must be even: RoPE rotates pairs.")
         self.d_k, self.group_size, self.rotary = d_model // num_heads, num_heads // num_kv_heads, rotary
         self.query = nn.Linear(d_model, d_model)
         self.key = nn.Linear(d_model, num_kv_heads * self.d_k)    # (G * d_k) wide: this is what GQA saves,

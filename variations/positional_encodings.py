@@ -1,24 +1,24 @@
-"""positional_encodings.py - six ways to tell a transformer the order of its tokens, and which one reads furthest.
+"""positional_encodings.py - six ways to encode the order of tokens, and which of them work beyond the trained length.
 
-The problem. Attention computes the same output for any order of its keys, so order has to be added. The 2017 paper
-adds a vector to each embedding that depends on the absolute position. A model trained on texts of up to 50 tokens has
-then never seen the vector of position 51, and has never learned what to do with it.
+The problem. Without a mask, attention computes the same output for any order of its keys, so order has to be encoded.
+The 2017 paper adds a vector to each embedding that depends on the absolute position. A model trained on texts of up to
+50 tokens has never seen the vector of position 51, and nothing in its training says what to do with it.
 
-The idea. What matters is usually how far apart two tokens are, and that can be put where tokens meet: into the score
-of query t and key s. Relative encodings differ in how they do it:
+The idea. What matters is usually how far apart two tokens are, so relative encodings put the distance where two
+positions meet: into the score of the query at t and the key at s.
 
     RoPE     score = rotate(q, t) . rotate(k, s) / sqrt(d_k)      turns query and key by an angle proportional to their
                                                                   position; the dot product sees only the difference
     ALiBi    score = q . k / sqrt(d_k) - slope_h * (t - s)        a fixed penalty on distance, one slope for each head
     T5       score = q . k / sqrt(d_k) + b[bucket(t - s), h]      a learned number for each head and range of distances
 
-and beside them three that leave attention as it is: sinusoidal (the base file), learned (an embedding table for
-positions, as in BERT and GPT-2), and none at all (the causal mask alone tells a decoder something about order).
+The other three leave attention unchanged: sinusoidal (the base file), learned (an embedding table for positions, as in
+BERT and GPT-2), and none at all (the causal mask alone gives a decoder some information about order).
 
-How attention learns the positions. It is given no positions, only x, the mask and the cache. The cache's length tells
-the index of each new token, and that is enough: prompts in a batch are padded on the left, which shifts the indices of
-a row's queries and keys by the same amount, and a relative encoding depends on their difference alone. For the same
-reason keys can be cached rotated: each is rotated once, by its own index, and never again.
+Where attention gets the positions from. Its arguments are x, the mask and the cache, no positions. The length of the
+cache gives the index of each new token, and that is enough: left padding shifts the indices of all queries and keys of
+a row by the same amount, and a relative encoding depends only on their difference. For the same reason keys can be
+cached rotated: each is rotated once, by its own index, and never again.
 
 On paper, one head with d_k = 2 and frequency 1: rotate((1, 0), t) = (cos t, sin t). A query (1, 0) at t = 5 and a key
 (1, 0) at s = 3 have the dot product cos 5 cos 3 + sin 5 sin 3 = cos(5 - 3), as have t = 105 and s = 103:
@@ -28,13 +28,15 @@ On paper, one head with d_k = 2 and frequency 1: rotate((1, 0), t) = (cos t, sin
 (-0.4161, -0.4161)
 
 Papers: Vaswani et al. 2017, section 3.5 (sinusoidal); Devlin et al. 2019 (learned, in BERT); Kazemnejad et al. 2023
-(none, "NoPE"); Su et al. 2021, section 3.4.2 (RoPE); Press et al. 2022, section 3 (ALiBi); Raffel et al. 2020, section
-2.1 (T5's buckets); Chen et al. 2023, section 2.3 (position interpolation). Simplified: T5 does not divide the scores
-by sqrt(d_k), this file does so in all six.
+(none, "NoPE"); Su et al. 2021, section 3.2 (RoPE); Press et al. 2022, section 3 (ALiBi); Raffel et al. 2020, section
+2.1 (T5's buckets). Stretching RoPE: Chen et al. 2023, section 2.3 (position interpolation: all positions divided by a
+constant, then a short further training); Peng et al. 2023, section 3.1 (the larger base, "NTK-aware"). Simplified: T5
+does not divide the scores by sqrt(d_k), this file does in all six; further training here uses texts of the trained
+lengths, where Chen et al. train on long ones.
 
 What you will see (under three minutes on two CPU cores): (a) six models trained on short texts and tested on longer
-ones, and what stretches a trained RoPE model without training; (b) the same six on the base task, with several seeds.
-Writes figures/variations/positional_encodings.png.
+ones, and a trained RoPE model stretched to longer texts, with and without further training; (b) the same six encodings
+on the base task, with several seeds. Writes figures/variations/positional_encodings.png.
 """
 
 import math
@@ -42,6 +44,7 @@ import random
 import statistics
 import sys
 import textwrap
+from copy import deepcopy
 from pathlib import Path
 
 import matplotlib
@@ -54,24 +57,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base file
 
 import decoder_only
 from decoder_only import scaled_dot_product_attention
-from toy_dataset import EOS_ID, IGNORE, SOS_ID, Splits, make_splits, number_to_words, pad_batch, run_script, to_ids
+from toy_dataset import EOS_ID, IGNORE, MAX_DIGITS, MAX_WORDS, SOS_ID, InputError, Splits
+from toy_dataset import make_splits, number_to_words, pad_batch, run_script, to_ids
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
 # ======================================================================================================
 
 # --- the encodings ---
-ROTARY_BASE = 10_000.0    # the slowest rotation takes about 2 pi * ROTARY_BASE positions. Try 100, 500_000 (Llama 3)
+ROTARY_BASE = 10_000.0    # the slowest pair takes at most 2 pi * ROTARY_BASE positions a turn. Try 100, 500_000
 NUM_BUCKETS = 32          # T5: how many different ranges of distances. Try 8
 MAX_DISTANCE = 128        # T5: all distances from here on share the last bucket. Try 32
 
 # --- (a) longer texts than in training ---
-TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3, 4, 5, 6): does learned catch up?
+TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3, 4, 5, 6): which encodings profit?
 TEST_PAIRS = (1, 2, 3, 4, 6, 8, 12)  # numbers in a test text
-NUM_STEPS = 500                      # training steps. Try 1000: do long texts improve, or only short ones?
+NUM_STEPS = 500                      # training steps. Try 1000: do long texts improve too?
 NUM_TEXTS = 250                      # test texts for each length
-INTERPOLATION = 4.0                  # position interpolation divides all positions by this. Try 2, 8
-LARGER_BASE = 40_000.0               # and this replaces ROTARY_BASE in the trained model. Try 100_000
+STRETCH = 4.0                        # slows the slowest rotation of a trained RoPE model by this factor. Try 2
+FURTHER_STEPS = 100                  # training steps after stretching. Try 300
 
 # --- (b) the base task ---
 NUM_EPOCHS = 2            # passes over the training numbers. Try 10 (slow): is there any difference left?
@@ -79,7 +83,7 @@ SEEDS = (0, 1, 2)         # of initial weights and order of batches
 
 # --- both ---
 D_MODEL = 64              # half of the base model's width, for speed. Try 128
-MAX_LENGTH = 256          # room for the longest test text: 12 pairs of at most 17 tokens
+MAX_LENGTH = 1 + max(TRAIN_PAIRS + TEST_PAIRS) * (MAX_DIGITS + MAX_WORDS + 2)  # room for the longest text
 BATCH_SIZE = 48
 LEARNING_RATE = 4e-3      # twice the base model's: half its width tolerates it
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "positional_encodings.png"
@@ -95,23 +99,27 @@ def rotate(x, positions, base=ROTARY_BASE):
         (x_i, x_{i + d_k/2}) <- (x_i cos a - x_{i + d_k/2} sin a,  x_i sin a + x_{i + d_k/2} cos a),
         a = position * base^(-2i / d_k)
 
-    The pairs are (i, i + d_k/2), as in Llama's published weights, not (2i, 2i + 1), as in the paper. Projections are
-    learned, so either order does; but weights trained with one are useless with the other. positions: (T).
+    The pairs are (i, i + d_k/2), as in Hugging Face's Llama; the paper and Meta's own code pair (2i, 2i + 1). Training
+    works equally well with either, but weights trained with one must be permuted for the other. positions: (T).
     """
     half = x.size(-1) // 2
     frequencies = base ** (-torch.arange(half, device=x.device) / half)                 # (d_k/2)
     angles = positions[:, None] * frequencies                                           # (T, d_k/2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                       # angles themselves in float32
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)                       # the angles stay in float32
     first, second = x[..., :half], x[..., half:]                                        # (..., T, d_k/2) each
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)  # (..., T, d_k)
 
 
 class RotaryAttention(nn.Module):
-    """decoder_only.MultiHeadAttention with rotated queries and keys. Values are not rotated: they are what is read,
-    and reading something should not depend on where it stands."""
+    """decoder_only.MultiHeadAttention with rotated queries and keys.
+
+    Values are not rotated: the position decides which token is attended to, not what is read from it.
+    """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
         super().__init__()
+        if d_model // num_heads % 2:
+            raise InputError(f"D_MODEL / NUM_HEADS = {d_model // num_heads} must be even: RoPE rotates pairs.")
         self.num_heads = num_heads
         self.base, self.interpolation = ROTARY_BASE, 1.0  # plain numbers: can be changed in a trained model
         self.query = nn.Linear(d_model, d_model)
@@ -143,8 +151,8 @@ class LinearBias(nn.Module):
 
         bias_h = -slope_h * distance,    slope_h = 2^(-8h / H) for h = 1 ... H
 
-    Steep heads look at close neighbors, flat ones at the whole text. However long the text, what is added to the scores
-    of nearby keys is what it was in training.
+    Heads with a steep slope attend to close neighbors, flat ones to the whole text. In a longer text the bias of nearby
+    keys is what it was in training, and keys further away than any in training get less weight still.
     """
 
     def __init__(self, num_heads: int):
@@ -159,8 +167,8 @@ class LinearBias(nn.Module):
 class BucketedBias(nn.Module):
     """T5: distances (T, S) -> a learned number for each head and bucket, (H, T, S).
 
-    Half of the buckets hold one small distance each; the others grow geometrically up to MAX_DISTANCE, and the last one
-    holds everything beyond. Distances never seen in training fall into buckets that may have been.
+    Half of the buckets hold one small distance each. The others grow geometrically up to MAX_DISTANCE, and the last one
+    holds everything beyond. A bucket that no training text was long enough to reach keeps its initial bias, 0.
     """
 
     def __init__(self, num_heads: int):
@@ -216,8 +224,10 @@ class BiasedAttention(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """In place of decoder_only.PositionalEncoding: a trained vector for each position. Those beyond the training texts
-    keep their random start."""
+    """In place of decoder_only.PositionalEncoding: a trained vector for each position.
+
+    The vectors beyond the longest training text keep their random initial values.
+    """
 
     def __init__(self, d_model: int, max_length: int):
         super().__init__()
@@ -290,39 +300,52 @@ def make_text(numbers: list[int], only_last: bool) -> dict:
     return {"ids": ids[:-1], "targets": targets}
 
 
-def make_texts(seed: int) -> tuple[Splits, dict]:
-    """Training batches, and for each number of pairs k the test batches. All texts of a batch have the same k."""
+def make_texts(seed: int) -> tuple[list, dict]:
+    """Training batches, and for each number of pairs its test batches. The texts of a batch have equally many pairs."""
     rng, splits = random.Random(seed), make_splits()
-    train = []
-    for step in range(NUM_STEPS):
-        pairs = TRAIN_PAIRS[step % len(TRAIN_PAIRS)]
-        train.append(pad_batch([make_text(rng.choices(splits.train, k=pairs), False) for _ in range(BATCH_SIZE)]))
-    test = {}
-    for pairs in TEST_PAIRS:
-        texts = [make_text(rng.choices(splits.test, k=pairs), True) for _ in range(NUM_TEXTS)]
-        test[pairs] = [pad_batch(texts[i:i + 50]) for i in range(0, NUM_TEXTS, 50)]
-    return Splits(train, [], []), test
+
+    def batch(numbers, pairs, size, only_last):
+        return pad_batch([make_text(rng.choices(numbers, k=pairs), only_last) for _ in range(size)])
+
+    train = [batch(splits.train, TRAIN_PAIRS[step % len(TRAIN_PAIRS)], BATCH_SIZE, only_last=False)
+             for step in range(NUM_STEPS + FURTHER_STEPS)]
+    return train, {pairs: [batch(splits.test, pairs, 50, only_last=True) for _ in range(math.ceil(NUM_TEXTS / 50))]
+                   for pairs in TEST_PAIRS}
+
+
+def stretch(model, base=ROTARY_BASE, interpolation=1.0):
+    """Change how a RoPE model rotates, and nothing else; returns it."""
+    for layer in model.layers:
+        layer.attention.base, layer.attention.interpolation = base, interpolation
+    return model
 
 
 def measure_length(bar) -> dict[str, list[float]]:
-    """(a): for each encoding, the share of correct last names for each of TEST_PAIRS."""
-    loaders, test = make_texts(SEEDS[0])
-
-    def accuracies(model):
-        return [decoder_only.evaluate(model, test[pairs])["exact_match"] for pairs in TEST_PAIRS]
-
+    """(a): for each encoding, and for stretched RoPE models, the share of correct last names for each of TEST_PAIRS."""
+    train_batches, test = make_texts(SEEDS[0])
     found = {}
+
+    def train(model, batches, peak):
+        decoder_only.train(model, Splits(batches, [], []), 1, peak, num_evaluations=0, progress=bar)
+        return model
+
+    def test_as(name, model):
+        found[name] = [decoder_only.evaluate(model, test[pairs])["exact_match"] for pairs in TEST_PAIRS]
+
     for encoding in ENCODINGS:
-        model = build(encoding, SEEDS[0])
-        decoder_only.train(model, loaders, 1, LEARNING_RATE, num_evaluations=0, progress=bar)
-        found[encoding] = accuracies(model)
+        model = train(build(encoding, SEEDS[0]), train_batches[:NUM_STEPS], LEARNING_RATE)
+        test_as(encoding, model)
         if encoding == "RoPE":
-            for name, setting, value in ((f"RoPE, positions / {INTERPOLATION:g}", "interpolation", INTERPOLATION),
-                                         (f"RoPE, base {LARGER_BASE:,.0f}", "base", LARGER_BASE)):
-                for layer in model.layers:
-                    layer.attention.base, layer.attention.interpolation = ROTARY_BASE, 1.0
-                    setattr(layer.attention, setting, value)
-                found[name] = accuracies(model)
+            rotary = model
+    # Both divide the slowest frequency, base^(-(d_k - 2) / d_k), by STRETCH. A larger base leaves the fastest as it is.
+    d_k = D_MODEL // rotary.constants["NUM_HEADS"]
+    larger = ROTARY_BASE * STRETCH ** (d_k / (d_k - 2))
+    test_as(f"RoPE, base {larger:,.0f}", stretch(rotary, base=larger))
+    test_as(f"RoPE, positions / {STRETCH:g}", stretch(rotary, interpolation=STRETCH))
+    for name, interpolation in ((f"RoPE, positions / {STRETCH:g}", STRETCH), ("RoPE", 1.0)):
+        further = train(stretch(deepcopy(rotary), interpolation=interpolation), train_batches[NUM_STEPS:],
+                        LEARNING_RATE / 2)
+        test_as(f"{name}, {FURTHER_STEPS} more steps", further)
     return found
 
 
@@ -397,21 +420,25 @@ def say(text: str) -> None:
 
 def main() -> None:
     """Both measurements, their tables, and what they come to."""
+    if max(TEST_PAIRS) <= max(TRAIN_PAIRS):
+        raise InputError(f"TEST_PAIRS = {TEST_PAIRS} needs a length beyond the longest of TRAIN_PAIRS = {TRAIN_PAIRS}.")
     steps_per_epoch = math.ceil(len(make_splits().train) / BATCH_SIZE)
-    num_steps = len(ENCODINGS) * (NUM_STEPS + len(SEEDS) * NUM_EPOCHS * steps_per_epoch)
+    num_steps = len(ENCODINGS) * (NUM_STEPS + len(SEEDS) * NUM_EPOCHS * steps_per_epoch) + 2 * FURTHER_STEPS
     with tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
         accuracies = measure_length(bar)
         mistakes = measure_base_task(bar)
 
-    print(f"\n(a) TRAINED on texts of {TRAIN_PAIRS[0]} to {TRAIN_PAIRS[-1]} numbers and names, {NUM_STEPS} steps "
-          f"of {BATCH_SIZE}:\n    last name correct, by the number of pairs in the text\n")
-    print(f"  {'':24}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS))
+    print(f"\n(a) TRAINED on texts of {TRAIN_PAIRS[0]} to {TRAIN_PAIRS[-1]} numbers and names, {NUM_STEPS} steps of "
+          f"{BATCH_SIZE}, one seed: last name correct,\n    by the number of pairs in the text; beyond: mean over the "
+          f"lengths not trained\n\n  {'':33}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS) + f"{'beyond':>9}")
+    beyond = {name: statistics.mean(share for pairs, share in zip(TEST_PAIRS, shares) if pairs > max(TRAIN_PAIRS))
+              for name, shares in accuracies.items()}
     for name, shares in accuracies.items():
-        print(f"  {name:24}" + "".join(f"{share:7.0%}" for share in shares))
-    last = {encoding: accuracies[encoding][-1] for encoding in ENCODINGS}
-    furthest = max(last, key=last.get)
-    say(f"Reads furthest: {furthest}, {last[furthest]:.0%} at {TEST_PAIRS[-1]} pairs (sinusoidal, the base: "
-        f"{last['sinusoidal']:.0%}).")
+        print(f"  {name:33}" + "".join(f"{share:7.0%}" for share in shares) + f"{beyond[name]:9.0%}")
+    furthest = max(ENCODINGS, key=beyond.get)
+    stretched = [f"{name} {share:.0%}" for name, share in beyond.items() if name not in ENCODINGS]
+    say(f"Beyond the trained lengths {furthest} is best, {beyond[furthest]:.0%} correct (sinusoidal, the base: "
+        f"{beyond['sinusoidal']:.0%}). RoPE {beyond['RoPE']:.0%}; stretched: {'; '.join(stretched)}.")
 
     print(f"\n(b) BASE TASK, {NUM_EPOCHS} epochs: held-out numbers misnamed, mean of {len(SEEDS)} seeds (range)\n")
     print(f"  {'':12}{'with a zero':>24}{'without':>24}")

@@ -125,9 +125,49 @@ def test_biased_attention_is_fused_attention_with_the_bias_as_a_float_mask():
     torch.testing.assert_close(attention(x, mask), attention.output(heads.transpose(1, 2).flatten(2)))
 
 
+def test_interpolation_makes_a_long_text_look_as_long_as_a_short_one():
+    query, key = torch.randn(1, 8), torch.randn(1, 8)
+    near, far = (rotate(query, torch.tensor([t]) / f) @ rotate(key, torch.tensor([s]) / f).T
+                 for t, s, f in ((7, 5, 1), (28, 20, 4)))
+    torch.testing.assert_close(near, far)
+
+
+def test_the_larger_base_slows_the_slowest_rotation_by_the_stretch_and_the_fastest_not_at_all():
+    x, d_k, factor = torch.randn(1, 8), 8, 4.0
+    plain, slowed = (rotate(x, torch.tensor([t]), base)
+                     for t, base in ((3.0, 10_000.0), (12.0, 10_000.0 * factor ** (d_k / (d_k - 2)))))
+    torch.testing.assert_close(plain[:, 3::4], slowed[:, 3::4])  # the last pair, dimensions 3 and 7
+    same = rotate(x, torch.tensor([12.0]))
+    torch.testing.assert_close(same[:, 0::4], slowed[:, 0::4])   # the first pair, 0 and 4
+
+
+def test_targets_are_the_names_of_all_numbers_or_of_the_last_alone():
+    for only_last, expected in ((False, ["seven <EOS>", "forty two <EOS>"]), (True, ["forty two <EOS>"])):
+        example = positional_encodings.make_text([7, 42], only_last)
+        tokens = decoder_only.to_tokens(example["ids"])
+        assert " ".join(tokens) == "<SOS> 7 <SEP> seven <EOS> 4 2 <SEP> forty two"
+        asked = [target for target in example["targets"] if target != decoder_only.IGNORE]
+        assert " ".join(decoder_only.to_tokens(asked)) == " ".join(expected)
+        following = [*example["ids"][1:], decoder_only.EOS_ID]  # each target is the token that comes next
+        assert all(target in (decoder_only.IGNORE, token) for target, token in zip(example["targets"], following))
+
+
+def test_rows_differ_when_their_ranges_over_the_seeds_do_not_overlap():
+    assert positional_encodings.differ([1, 2, 3], [4, 5, 6]) and positional_encodings.differ([4, 5, 6], [1, 2, 3])
+    assert not positional_encodings.differ([1, 3, 5], [4, 6, 8])
+
+
+def test_what_cannot_work_is_refused_with_the_constants_in_question(monkeypatch):
+    with pytest.raises(positional_encodings.InputError, match="D_MODEL / NUM_HEADS = 3 must be even"):
+        RotaryAttention(12, 4, 0.0)
+    monkeypatch.setattr(positional_encodings, "TEST_PAIRS", (1, 2))
+    with pytest.raises(positional_encodings.InputError, match="TEST_PAIRS"):
+        positional_encodings.main()
+
+
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys, tmp_path):
-    small = dict(D_MODEL=16, NUM_STEPS=2, NUM_TEXTS=4, BATCH_SIZE=4, TEST_PAIRS=(1, 2), SEEDS=(0, 1), NUM_EPOCHS=1,
-                 FIGURE=tmp_path / "new" / "picture.png")
+    small = dict(D_MODEL=16, NUM_STEPS=2, FURTHER_STEPS=1, NUM_TEXTS=4, BATCH_SIZE=4, TEST_PAIRS=(1, 4), SEEDS=(0, 1),
+                 NUM_EPOCHS=1, FIGURE=tmp_path / "new" / "picture.png")
     for name, value in small.items():
         monkeypatch.setattr(positional_encodings, name, value)
     splits = positional_encodings.make_splits()
