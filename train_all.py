@@ -66,7 +66,7 @@ from toy_dataset import MAX_DIGITS, PAD_ID, VOCABULARY, InputError, NumberDatase
 # --- what is trained, and how long ---
 ARCHITECTURES = ["encoder_only", "decoder_only", "encoder_decoder"]  # Try ["decoder_only"]
 NUM_EPOCHS = 20            # passes over the training numbers. Try 1, 50
-FINE_TUNING_EPOCHS = 4     # the same, for encoder_only's two fine-tuning runs. Try 1, 10
+FINE_TUNING_EPOCHS = 4     # the same, for encoder_only's three fine-tuning runs. Try 1, 10
 EVALUATE_EVERY = 200       # steps between evaluations. Try 50
 EARLY_STOPPING_PATIENCE = 10  # evaluations without improvement before stopping. Try 1 (too soon?), 1000 (never)
 SEED = 0                   # initial weights, order of the data, dropout, masks. Try 1: how much of the result is luck?
@@ -108,6 +108,8 @@ JOBS = [
     Job("encoder_only_tagging", encoder_only, {"task": "tagging"}, toy_dataset.tagging_example,
         encoder_only.FINE_TUNING_LEARNING_RATE, FINE_TUNING_EPOCHS, starts_from=PRETRAINING),
     Job("encoder_only_counting", encoder_only, {"task": "counting"}, toy_dataset.counting_example,
+        encoder_only.FINE_TUNING_LEARNING_RATE, FINE_TUNING_EPOCHS, starts_from=PRETRAINING),
+    Job("encoder_only_matching", encoder_only, {"task": "matching"}, toy_dataset.matching_example,
         encoder_only.FINE_TUNING_LEARNING_RATE, FINE_TUNING_EPOCHS, starts_from=PRETRAINING),
     Job("decoder_only", decoder_only, {},
         partial(toy_dataset.decoder_only_example, loss_on_prompt=decoder_only.LOSS_ON_PROMPT),
@@ -671,7 +673,7 @@ def show_results(jobs, states) -> None:
         f"  {'':24}{'parameters':>12}{'steps':>9}{'training':>11}{'exact':>12}{'wrong':>10}\n" + "\n".join(rows))
     if PRETRAINING in jobs:
         say("  encoder_only is the masked language model. It cannot reach 100%: a digit masked together with its\n"
-            "  word can only be guessed. The two fine-tuning runs show what it is good for.")
+            "  word can only be guessed. The three fine-tuning runs show what it is good for.")
     if mistakes:
         say("\nTHE FIRST MISTAKES\n" + "\n".join(textwrap.fill(line, 98, initial_indent="  ", subsequent_indent="    ")
                                                for line in mistakes))

@@ -818,12 +818,12 @@ def stays_above(history: list[dict], threshold=0.99) -> int | None:
 
 def draw_training_curves(comparison: dict) -> Figure:
     """Loss and held-out accuracy of each architecture on its native task."""
-    cells = [cell for name in NAMES for cell in comparison["cells"] if cell["natural"] and cell["architecture"] == name]
+    cells = [cell for name in NAMES for cell in comparison["cells"] if cell["native"] and cell["architecture"] == name]
     stays = {cell["architecture"]: stays_above(cell["history"]) for cell in cells}
     never = [NAMES[name] for name, step in stays.items() if step is None]
     title = (f"Held-out exact match does not settle at 99% or more in this run: {', '.join(never)}" if never else
              f"From step {max(stays.values()):,} on, held-out exact match stays at 99% or more for all three")
-    note = (f"Each on its native task: {', '.join(cell['work'] for cell in cells)}. Circled: 99% or more from there on."
+    note = (f"Each on its native task: {', '.join(cell['task'] for cell in cells)}. Circled: 99% or more from there on."
             " Random digits keep the loss of generate above 0; its exact match is that of the names, given the digits.")
     figure = new_figure(title, 7, note)
     above, below = figure.subplots(2, 1, sharex=True)
@@ -859,27 +859,30 @@ def draw_kv_cache(comparison: dict) -> Figure:
 
 
 def draw_comparison_matrix(comparison: dict) -> Figure:
-    """The 3 x 3 table: architectures by kinds of work; framed is the work that an architecture was made for."""
+    """The 3 x 3 table: architectures by tasks. The native task of each architecture is framed."""
     cells = comparison["cells"]
-    at_home = min(cell["sequence_accuracy"] for cell in cells if cell["natural"])
-    away = min(cell["sequence_accuracy"] for cell in cells if not cell["natural"])
-    title = f"At home (framed) each is at least {percent(at_home)} right; away from home down to {percent(away)}"
-    note = ("Large: held-out answers that are wholly right (generate: texts that are valid). Small: the cost of one. "
-            "All trained with the same width, layers, data and steps.")
+    native = min(cell["sequence_accuracy"] for cell in cells if cell["native"])
+    other = min(cell["sequence_accuracy"] for cell in cells if not cell["native"])
+    title = (f"Framed: each architecture's native task, at least {percent(native)} accurate. Elsewhere accuracy falls "
+             f"to {percent(other)}")
+    note = ("Held-out exact match (generate: valid samples): mean, and range over the training seeds. Below: latency. "
+            "Same width, layers per stack, data and steps.")
     figure = new_figure(title, 5.6, note)
     axes = figure.subplots()
-    works = list(dict.fromkeys(cell["work"] for cell in cells))
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     for cell in cells:
-        row, column = list(NAMES).index(cell["architecture"]), works.index(cell["work"])
+        row, column = list(NAMES).index(cell["architecture"]), tasks.index(cell["task"])
         tint = shades(COLORS[cell["architecture"]])(0.05 + 0.4 * cell["sequence_accuracy"])
         axes.add_patch(Rectangle((column + 0.04, row + 0.05), 0.92, 0.9, facecolor=tint, edgecolor=INK,
-                                 linewidth=3 if cell["natural"] else 0))
-        axes.text(column + 0.5, row + 0.4, percent(cell["sequence_accuracy"]), ha="center", va="center", fontsize=19,
-                  fontweight="bold")
-        cost = f"{cell['ms_per_answer']:.2g} ms, {cell['forward_passes']:.0f} passes"
-        axes.text(column + 0.5, row + 0.74, cost.replace(" 1 passes", " 1 pass"), ha="center", va="center", fontsize=12)
-    axes.set(xlim=(0, len(works)), ylim=(3, 0))
-    axes.set_xticks([i + 0.5 for i in range(len(works))], works)
+                                 linewidth=3 if cell["native"] else 0))
+        by_seed = cell["by_seed"]["sequence_accuracy"]
+        cost = f"{cell['ms_per_answer']:.2g} ms, {cell['forward_passes']:.0f} passes".replace(" 1 passes", " 1 pass")
+        for height, text, style in [(0.32, f"{cell['sequence_accuracy']:.1%}", {"fontsize": 19, "fontweight": "bold"}),
+                                    (0.58, f"{100 * min(by_seed):.1f} to {100 * max(by_seed):.1f}", {"fontsize": 12}),
+                                    (0.8, cost, {"fontsize": 12})]:
+            axes.text(column + 0.5, row + height, text, ha="center", va="center", **style)
+    axes.set(xlim=(0, len(tasks)), ylim=(3, 0))
+    axes.set_xticks([i + 0.5 for i in range(len(tasks))], tasks)
     axes.set_yticks([0.5, 1.5, 2.5], NAMES.values())
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=14)
@@ -888,24 +891,24 @@ def draw_comparison_matrix(comparison: dict) -> Figure:
 
 
 def draw_causal_wall(comparison: dict) -> Figure:
-    """Place values of digits: what a left-to-right reader can reach at best, what it reaches, and what others do."""
+    """Token accuracy on place values, against the expected accuracy of the optimal causal tagger."""
     wall = comparison["wall"]
     readers = {"causal": ("decoder-only,\nwhile reading", DECODER_ONLY),
                "after_reading": ("decoder-only,\nafter reading", DECODER_ONLY),
                "bidirectional": ("encoder-only", ENCODER_ONLY),
                "encoder_decoder": ("encoder-\ndecoder", ENCODER_DECODER)}
-    names, colours = zip(*readers.values())
+    names, colors = zip(*readers.values())
     shares = [wall[reader] for reader in readers]
-    title = (f"The wall is at {percent(wall['ceiling'])}: answering while it reads from left to right, a decoder gets "
-             f"{percent(wall['causal'])}, afterwards {percent(wall['after_reading'])}")
-    note = ("What each digit is worth (ones, tens, ...). Dashed: the best of any left-to-right reader on these "
-            "held-out numbers, but for luck of some tenths of a percent.")
+    title = (f"Causal taggers can expect at most {percent(wall['ceiling'])} on place values; after reading the whole "
+             f"number, a decoder gets {percent(wall['after_reading'])}")
+    note = ("Place value of each digit (ones, tens, ...). Dashed: expected accuracy of the optimal causal tagger, "
+            "computed for the tested numbers; a measurement may exceed it by sampling error.")
     figure = new_figure(title, 5, note)
     axes = figure.subplots()
-    bars = axes.bar(names, shares, width=0.6, color=colours)
+    bars = axes.bar(names, shares, width=0.6, color=colors)
     axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=4, fontweight="bold")
     axes.axhline(wall["ceiling"], color=INK, linestyle="--", linewidth=1.8)
-    axes.set(ylabel="digits labelled right", ylim=(0, 1.1))
+    axes.set(ylabel="token accuracy", ylim=(0, 1.1))
     axes.set_yticks(**PERCENT_TICKS)
     axes.tick_params(axis="x", length=0)
     return figure

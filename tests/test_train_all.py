@@ -777,7 +777,8 @@ def test_the_script_prints_a_plan_a_bar_and_one_table(undisturbed):
     assert [line for line in printed.splitlines() if len(line) > 100 and str(folder) not in line] == []
     rows = printed[printed.index("RESULTS"):]
     assert all(re.search(rf"^  {name} +[\d,]+ +{steps} .*%", rows, re.MULTILINE) for name, steps in [
-        ("encoder_only", 57), ("encoder_only_tagging", 19), ("encoder_only_counting", 19)])
+        ("encoder_only", 57), ("encoder_only_tagging", 19), ("encoder_only_counting", 19),
+        ("encoder_only_matching", 19)])
 
 
 def test_the_architecture_file_answers_with_the_weights_that_were_trained(undisturbed):

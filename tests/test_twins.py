@@ -19,7 +19,7 @@ DIFFERENT = {
     "generate": "the point of having three architectures",
     "answer": "each answers in its own way",
     "parameter_formula": "each has its own parts",
-    "describe_floor": "only free text has entropy",
+    "describe_floor": "masked tokens, free text and names differ in what can be known",
     "show_strategies": "they have different strategies",
     "check_constants": "each has constants of its own",
     "train_and_test": "an encoder is pretrained, then fine-tuned",

@@ -58,7 +58,7 @@ def run(name: str, folder: Path, constants: dict) -> str:
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1]
         return ("CRASHED " if "Traceback" in done.stderr else "refused ") + last.rpartition(".py: ")[2]
-    figures = re.findall(r"never seen: ([\d.]+%)", done.stdout)
+    figures = re.findall(r"held-out numbers: ([\d.]+%)", done.stdout)
     loss = re.findall(r"held-out: loss ([\d.]+)", done.stdout)[-1]
     return f"{seconds:6.0f} s   held-out: {', '.join(figures)}, last loss {loss}"
 
