@@ -1,8 +1,11 @@
 """What holds for all three architectures: the parts, parity with PyTorch's, masks, training, checkpoints."""
 
+import copy
+import io
 import math
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -66,6 +69,20 @@ def test_a_row_with_nothing_to_attend_to_stays_finite_in_every_precision(dtype):
     assert result.isfinite().all() and weights.isfinite().all() and query.grad.isfinite().all()
 
 
+def test_dropout_zeroes_attention_weights_after_softmax_and_leaves_those_handed_back_alone():
+    query, key, value = torch.randn(3, 2, 4, 6, 8)
+    dropped = []
+
+    def half(weights):
+        dropped.append(weights)
+        return 2 * weights * (torch.arange(6) % 2)
+
+    output, weights = attend(query, key, value, None, half)
+    torch.testing.assert_close(weights, attend(query, key, value)[1])
+    assert dropped[0].equal(weights)
+    torch.testing.assert_close(output, half(weights) @ value)
+
+
 def test_multi_head_attention_is_pytorchs_on_the_same_weights():
     torch.manual_seed(0)
     ours = encoder_only.MultiHeadAttention(32, 4, 0.0)
@@ -118,6 +135,53 @@ def test_a_cross_attending_layer_is_pytorchs_decoder_layer_on_the_same_weights()
     torch.testing.assert_close(ours(x, mask, memory, memory_mask), expected, atol=1e-5, rtol=1e-5)
 
 
+def layer_of(kind):
+    """A layer with dropout 0.5 in training mode, its branches by name, and a call with inputs of zeros."""
+    module, name = kind.split(".")
+    layer = getattr({"bert": encoder_only, "gpt": decoder_only, "t5": encoder_decoder}[module], name)(32, 4, 64, 0.5)
+    x, mask = torch.zeros(2, 50, 32), torch.ones(50, 50, dtype=torch.bool)
+    memory = (torch.zeros(2, 7, 32), torch.ones(2, 1, 1, 7, dtype=torch.bool)) if kind == "t5.DecoderLayer" else ()
+    branches = [name for name, _ in layer.named_children() if "norm" not in name and name != "dropout"]
+    return layer.train(), branches, lambda: layer(x, mask, *memory)
+
+
+class Constant(nn.Module):
+    """Stands for a branch of a layer: whatever goes in, the same number comes out."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, x, *_, **__):
+        return torch.full_like(x, self.number)
+
+
+@pytest.mark.parametrize("kind", ["bert.EncoderLayer", "gpt.DecoderLayer", "t5.EncoderLayer", "t5.DecoderLayer"])
+def test_dropout_is_applied_to_what_each_branch_adds_to_the_residual_stream(kind):
+    torch.manual_seed(0)
+    layer, branches, call = layer_of(kind)
+    assert len(branches) == (3 if kind == "t5.DecoderLayer" else 2)
+    for speaking in branches:
+        for name in branches:
+            setattr(layer, name, Constant(float(name == speaking)))
+        assert set(call().unique().tolist()) == {0.0, 2.0}, speaking  # half is dropped, the rest doubled
+
+
+def test_attention_drops_weights_in_training_only_and_tells_the_maps_before_dropout():
+    torch.manual_seed(0)
+    attention, x, maps = encoder_only.MultiHeadAttention(32, 4, 0.5), torch.randn(1, 6, 32), []
+    exact = attention.eval()(x, None)
+    attention.train()
+    assert not torch.allclose(attention(x, None, attention_maps=maps), exact)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(1, 4, 6))
+    attention.value.bias.data.fill_(1)  # if only the bias is left, the heads' output is the sum of the weights
+    attention.value.weight.data.zero_()
+    attention.output.weight.data.copy_(torch.eye(32))
+    attention.output.bias.data.zero_()
+    assert attention(x, None).unique().numel() > 10
+    torch.testing.assert_close(attention.eval()(x, None), torch.ones(1, 6, 32))
+
+
 def test_positions_are_the_sines_and_cosines_of_the_paper():
     table = decoder_only.PositionalEncoding(6, 10)(torch.tensor([0, 3]))
     assert table[0].tolist() == [0, 1, 0, 1, 0, 1]
@@ -134,6 +198,81 @@ def test_a_layer_has_two_thirds_of_its_parameters_in_the_feed_forward_network():
 
 
 # --- the models ---
+
+
+def test_a_model_is_pytorchs_stack_of_layers_between_the_embedding_and_a_last_norm(module):
+    """From token ids to logits, on the same weights: embedding * sqrt(C) + positions, layers, norm, embedding again."""
+    torch.manual_seed(0)
+    model, ids = tiny(module), torch.tensor([toy_dataset.to_ids("9 0 2 1 0".split())])
+
+    def embed(ids):
+        return model.embedding(ids) * math.sqrt(32) + module.PositionalEncoding(32, 40)(torch.arange(ids.size(1)))
+
+    def stack(layers, norm, x, mask=None, memory=None):
+        for ours in layers:
+            theirs = (nn.TransformerEncoderLayer if memory is None else nn.TransformerDecoderLayer)(
+                32, 4, 64, 0.0, F.gelu, batch_first=True, norm_first=True)
+            copy_attention(ours.attention if memory is None else ours.self_attention, theirs.self_attn)
+            if memory is not None:
+                copy_attention(ours.cross_attention, theirs.multihead_attn)
+            copy_rest(ours, theirs, [part for name, part in ours.named_children() if name.endswith("norm")])
+            x = theirs(x, src_mask=mask) if memory is None else theirs(x, memory, tgt_mask=mask)
+        return norm(x)
+
+    if module is encoder_decoder:
+        target = torch.tensor([toy_dataset.to_ids("<SOS> ninety thousand two".split())])
+        memory = stack(model.encoder, model.encoder_norm, embed(ids))
+        x, found = stack(model.decoder, model.decoder_norm, embed(target), look_back(4), memory), model(ids, target)
+    else:
+        mask = look_back(5) if module is decoder_only else None
+        x, found = stack(model.layers, model.final_norm, embed(ids), mask), model(ids)
+    torch.testing.assert_close(found, x @ model.embedding.weight.T, atol=1e-4, rtol=1e-4)
+
+
+def look_back(T):
+    """PyTorch's causal mask, which says True where one may NOT attend."""
+    return ~torch.ones(T, T, dtype=torch.bool).tril()
+
+
+def test_dropout_acts_on_the_sum_of_embedding_and_position_in_training_only(module):
+    torch.manual_seed(0)
+    model = tiny(module, dropout=0.5)
+    ids, positions = torch.randint(6, 40, (4, 30)), torch.arange(30)
+    exact, dropped = model.embed(ids, positions), model.train().embed(ids, positions)
+    zeroed = dropped == 0
+    assert 0.45 < zeroed.float().mean() < 0.55
+    torch.testing.assert_close(dropped[~zeroed], 2 * exact[~zeroed])
+
+
+def test_a_new_model_has_xaviers_weights_zero_biases_and_small_embeddings(module):
+    torch.manual_seed(0)
+    model = module.build_model(d_model=64, d_ff=256, num_layers=1)
+    assert model.embedding.weight.std().item() * math.sqrt(64) == pytest.approx(0.5, rel=0.1)
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            bound = math.sqrt(6 / (part.in_features + part.out_features))
+            assert part.weight.abs().max() <= bound and not part.bias.any()
+            assert part.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)  # that of a uniform one
+
+
+def test_attention_maps_are_each_heads_own_and_keep_no_graph(module):
+    model, batch, maps = tiny(module), first_batch(module), []
+    if module is encoder_decoder:
+        model.decode(batch["target"], model.encode(batch["source"], maps), batch["source"], None, maps, maps)
+    else:
+        model(batch["ids"], attention_maps=maps)
+    assert len(maps) == (6 if module is encoder_decoder else 2)
+    for weights in maps:
+        assert not weights.requires_grad and weights.size(1) == 4 and not weights[:, 0].equal(weights[:, 1])
+        torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+
+
+def test_the_fastest_device_is_taken(module, monkeypatch):
+    assert module.get_device().type == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert module.get_device().type == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert module.get_device().type == "cuda"
 
 
 def test_the_parameters_are_as_many_as_arithmetic_says(module):
@@ -191,7 +330,61 @@ def test_sizes_of_which_no_model_can_be_made_are_refused(module, change, names):
         module.build_model(**TINY | change)
 
 
+def test_the_numbers_of_heads_that_are_proposed_work(module):
+    with pytest.raises(InputError) as caught:
+        module.build_model(d_model=24, num_heads=5)
+    proposed = str(caught.value).split("NUM_HEADS = ")[2].split(" work")[0]
+    assert proposed == "1, 2, 3, 4, 6, 8, 12"
+    assert all(module.build_model(d_model=24, num_heads=int(n)) for n in proposed.split(", "))
+
+
+# --- constants ---
+
+WRONG = {
+    "TEMPERATURE": [-1, "a", math.nan], "TOP_K": [0, 2.5], "TOP_P": [0, 2, "a"], "MAX_NEW_TOKENS": [0, 2.5],
+    "REPETITION_PENALTY": [0, "a"], "BEAM_WIDTH": [0, "a"], "LENGTH_PENALTY": [-1, "a"], "SEED": ["a", 1.5, None],
+    "MASK_PROBABILITY": [0, 1.5, "a"], "FINE_TUNING_STEPS": [0], "FINE_TUNING_LEARNING_RATE": [0, "a"],
+    "NUM_LABELS": [[0], 5], "ITERATIONS": [0, "a"], "NUM_EPOCHS": [0, 1.5], "BATCH_SIZE": [0, "a"],
+    "LEARNING_RATE": [0, "a", math.nan], "FINAL_LEARNING_RATE_RATIO": [-1, 2], "WARMUP_STEPS": [-1, "a"],
+    "WEIGHT_DECAY": [-1, "a"], "GRAD_CLIP": [0, "a"], "EXAMPLES": [[], 5], "MASKED_EXAMPLES": [[], "a"]}
+WRONG_EXAMPLES = {"EXAMPLES": [[7, 10**7], ["a"]], "PROGRESS_EXAMPLE": [-1, "a"], "DETAILED_EXAMPLE": [10**7],
+                  "MASKED_EXAMPLES": [["7 <SEP> seven"], ["<MASK>"]]}
+
+
+@pytest.mark.parametrize("name, value, message", [
+    *((name, value, f"{name} = {value!r} must be") for name, values in WRONG.items() for value in values),
+    *((name, value, "language|MASK") for name, values in WRONG_EXAMPLES.items() for value in values)])
+def test_constants_that_cannot_work_are_refused_before_training(module, monkeypatch, tmp_path, name, value, message):
+    if not hasattr(module, name):
+        return  # a constant of another file
+    monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "model.pt")
+    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr(module, name, value)
+    with pytest.raises(InputError, match=re.escape(message) if "=" in message else message) as caught:
+        module.train_and_test()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_size_in_quotes_is_shown_in_quotes(module):
+    with pytest.raises(InputError, match="D_MODEL = '128' must be a whole number"):
+        module.build_model(d_model="128")
+
+
 # --- training ---
+
+
+def batches(module, *sizes, **options):
+    """One fixed batch of each size; for the masked LM with fixed masks, otherwise drawn anew each time."""
+    loader = module.create_dataloaders(sum(sizes), 0, **options).train
+    whole = next(iter(loader))
+    if module is encoder_only and not options:
+        whole["ids"], whole["targets"] = encoder_only.mask_tokens(whole["ids"], torch.Generator().manual_seed(0))
+    parts = [torch.split(whole[field], sizes) for field in whole]
+    return [dict(zip(whole, part)) for part in zip(*parts)]
+
+
+def quiet():
+    return tqdm(disable=True, total=1)
 
 
 def test_padding_and_ignored_targets_carry_no_loss(module):
@@ -255,6 +448,49 @@ def test_weight_decay_touches_the_matrices_of_linear_layers_once_and_nothing_els
     assert [group["weight_decay"] for group in module.create_optimizer(model).param_groups] == [module.WEIGHT_DECAY, 0]
 
 
+def test_steps_are_those_of_adamw_written_out(module):
+    """Loshchilov & Hutter 2019, algorithm 2: averages of gradient and its square, corrected for starting at 0; decay
+    apart from both, for matrices of Linear layers alone. The learning rate is the one that each step is given. In
+    float64: some gradients are 0 but for rounding (a bias of keys moves all scores alike), and Adam divides by them."""
+    model = tiny(module).double().train()
+    optimizer, written_out = module.create_optimizer(model, 123.0), copy.deepcopy(model)  # 123: must not matter
+    parameters = dict(written_out.named_parameters())
+    mean, square = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
+    decay = {f"{name}.weight" for name, part in written_out.named_modules() if isinstance(part, nn.Linear)}
+    for step, (batch, rate) in enumerate(zip(batches(module, 8, 8, 8), (1e-3, 3e-3, 2e-3)), start=1):
+        loss_sum, num_targets = module.compute_loss(written_out, batch)
+        written_out.zero_grad()
+        (loss_sum / num_targets).backward()
+        norm = torch.cat([p.grad.flatten() for p in parameters.values()]).norm().item()
+        found = module.train_step(model, batch, optimizer, rate)
+        assert found == pytest.approx(((loss_sum / num_targets).item(), norm))
+        with torch.no_grad():
+            for name, p in parameters.items():
+                gradient = p.grad * min(1.0, module.GRAD_CLIP / norm)
+                mean[name] = 0.9 * mean[name] + 0.1 * gradient
+                square[name] = 0.98 * square[name] + 0.02 * gradient**2
+                p -= rate * module.WEIGHT_DECAY * p * (name in decay)
+                p -= rate * (mean[name] / (1 - 0.9**step)) / ((square[name] / (1 - 0.98**step)).sqrt() + 1e-8)
+        torch.testing.assert_close(dict(model.named_parameters()), parameters)
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf", "too large", "gradient nan"])
+def test_a_step_that_has_diverged_raises_before_the_weights_are_touched(module, monkeypatch, loss):
+    model, (batch,) = tiny(module), batches(module, 4)
+    optimizer, before = module.create_optimizer(model), copy.deepcopy(model.state_dict())
+
+    def compute_loss(model, batch):
+        total = model.embedding.weight.sum()
+        value = {"nan": total * math.nan, "inf": total + math.inf, "too large": total * 0 + 40.0,
+                 "gradient nan": (total * 0).sqrt()}[loss]
+        return value, torch.tensor(1)
+
+    monkeypatch.setattr(module, "compute_loss", compute_loss)
+    with pytest.raises(FloatingPointError):
+        module.train_step(model, batch, optimizer, 1e-3)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("num_steps, warmup_steps", [(1000, 100), (1000, 0), (50, 40), (50, 200), (1, 0), (2, 200)])
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(module, num_steps, warmup_steps):
     rates = [module.learning_rate_at(step, num_steps, 1.0, warmup_steps) for step in range(num_steps)]
@@ -263,6 +499,44 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(module, num_st
     assert rates[-1] == pytest.approx(module.FINAL_LEARNING_RATE_RATIO)
     assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert num_steps != 1000 or warmup_steps != 100 or top in (98, 99, 100)
+
+
+def test_a_short_run_is_not_all_warmup_and_the_decay_is_half_a_cosine(module, monkeypatch):
+    monkeypatch.setattr(module, "FINAL_LEARNING_RATE_RATIO", 0.1)
+    rates = [module.learning_rate_at(step, 50, 1.0, 200) for step in range(50)]
+    assert rates.index(max(rates)) == 9  # the last step of the first fifth
+    rates = [module.learning_rate_at(step, 1000, 1.0, 200) for step in range(1000)]
+    assert [rates[step - 1] for step in (100, 200)] == pytest.approx([0.5, 1.0])
+    for done in (0.25, 0.5, 0.75, 1.0):
+        expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
+        assert rates[round(200 + 800 * done) - 1] == pytest.approx(expected)
+
+
+def test_training_goes_through_all_batches_in_training_mode_at_the_rate_of_the_schedule(module, monkeypatch):
+    model, loader = tiny(module), batches(module, 4, 4, 4)
+    seen, step = [], module.train_step
+    monkeypatch.setattr(module, "train_step", lambda model, batch, optimizer, rate: seen.append(
+        (id(batch), model.training, rate)) or step(model, batch, optimizer, rate))
+    bar = tqdm(total=6, file=io.StringIO())
+    splits = toy_dataset.Splits(loader, loader[:1], test=None)  # None: it must not need the test numbers
+    history = module.train(model, splits, 2, 5e-4, 3, bar)
+    assert [batch for batch, _, _ in seen] == 2 * [id(batch) for batch in loader]
+    assert all(training for _, training, _ in seen)
+    assert [rate for *_, rate in seen] == [module.learning_rate_at(step, 6, 5e-4) for step in range(6)]
+    assert [row["learning_rate"] for row in history] == [rate for *_, rate in seen] and bar.n == 6
+
+
+def test_what_the_history_says_of_held_out_numbers_is_what_evaluate_says(module):
+    model, (one, other) = tiny(module), batches(module, 8, 16)
+    history = module.train(model, toy_dataset.Splits([one], [other], [one]), 2, 1e-3, 2, quiet())
+    found = module.evaluate(model, [other])
+    assert (history[-1]["validation_loss"], history[-1]["exact_match"]) == (found["loss"], found["exact_match"])
+
+
+def test_the_loss_of_an_evaluation_is_that_of_all_its_targets_alike(module):
+    model, parts = tiny(module), batches(module, 3, 17)
+    sums, numbers = zip(*(module.compute_loss(model, batch) for batch in parts))
+    assert module.evaluate(model, parts)["loss"] == pytest.approx((sum(sums) / sum(numbers)).item(), rel=1e-5)
 
 
 def train_briefly(module, **options):
@@ -343,18 +617,26 @@ def test_what_was_saved_is_what_is_loaded_and_the_file_is_safe_to_read(module, t
     assert all(loaded.state_dict()[name].equal(value) for name, value in model.state_dict().items())
     content = torch.load(tmp_path / "model.pt", weights_only=True)
     assert not any(name.startswith(("_orig_mod.", "module.")) for name in content["weights"])
+    assert content["weights"].keys() == dict(model.named_parameters()).keys()  # positions are a formula
+    assert not loaded.training
 
 
-def test_a_checkpoint_of_other_constants_is_refused_with_their_name(module, tmp_path):
+@pytest.mark.parametrize("change", [{"d_model": 16}, {"num_layers": 1}, {"num_heads": 2}, {"d_ff": 128},
+                                    {"max_length": 41}], ids=lambda change: next(iter(change)))
+def test_a_checkpoint_of_other_constants_is_refused_with_their_name(module, tmp_path, change):
+    """Two of these fit weight for weight, and would give other answers: as many heads, as long a table of positions."""
     module.save(tiny(module), tmp_path / "model.pt")
-    with pytest.raises(InputError, match=r"(?s)model\.pt.*D_FF = 64.*128"):
-        module.load(tmp_path / "model.pt", module.build_model(**TINY | {"d_ff": 128}))
+    (name, today), = change.items()
+    with pytest.raises(InputError, match=rf"(?s)model\.pt.*{name.upper()} = {TINY[name]}.*{today}"):
+        module.load(tmp_path / "model.pt", module.build_model(**TINY | change))
 
 
-def test_a_checkpoint_of_another_language_is_refused(module, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["MAX_DIGITS", "NUM_TRAIN", "SEED"])
+def test_a_checkpoint_of_another_language_is_refused(module, tmp_path, monkeypatch, name):
+    """It may have been trained on what are test numbers today."""
     module.save(tiny(module), tmp_path / "model.pt")
-    monkeypatch.setattr(toy_dataset, "NUM_TRAIN", 999)
-    with pytest.raises(InputError, match="toy_dataset.NUM_TRAIN"):
+    monkeypatch.setattr(toy_dataset, name, 999)
+    with pytest.raises(InputError, match=f"toy_dataset.{name}"):
         module.load(tmp_path / "model.pt", module.build_model(**TINY))
 
 
@@ -420,3 +702,134 @@ def test_a_folder_that_cannot_be_written_to_is_named(module, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match=str(tmp_path)):
         module.save(tiny(module), tmp_path / "model.pt")
+
+
+# --- the whole file, as main runs it ---
+
+
+@pytest.fixture
+def small_language(monkeypatch):
+    """As few numbers as there can be of each length."""
+    for name, size in (("NUM_TRAIN", 400), ("NUM_VALIDATION", 40), ("NUM_TEST", 60)):
+        monkeypatch.setattr(toy_dataset, name, size)
+    toy_dataset.make_splits.cache_clear()
+    yield toy_dataset.make_splits()
+    toy_dataset.make_splits.cache_clear()
+
+
+def test_the_figure_at_the_end_is_that_of_the_test_numbers_looked_at_after_training(
+        module, monkeypatch, tmp_path, capsys, small_language):
+    calls = []
+    monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "model.pt")
+    monkeypatch.setattr(module, "train", lambda model, loaders, *_, **__: calls.append("train") or [])
+    monkeypatch.setattr(module, "evaluate", lambda model, loader: calls.append(loader.dataset.numbers) or {
+        "loss": 1.0, "exact_match": 0.4321, "accuracy": 0.4321, "mistakes": []})
+    module.train_and_test()
+    assert calls[0] == "train" and all(call in ("train", small_language.test) for call in calls)
+    assert calls[-1] == small_language.test and calls.count("train") == calls.count(small_language.test)
+    assert capsys.readouterr().out.count("43.21%") == calls.count("train")
+
+
+GENERATORS = pytest.mark.parametrize("module", [decoder_only, encoder_decoder], ids=lambda module: module.__name__)
+
+
+@GENERATORS
+def test_an_answer_is_marked_wrong_if_and_only_if_it_is_and_says_what_is_right(module, monkeypatch):
+    def generate(model, prompts, temperature, **_):
+        assert temperature == 0 and len(prompts) == 2
+        return toy_dataset.pad_batch([{"ids": toy_dataset.to_ids(text.split())} for text in
+                                      ("forty two <EOS>", "three hundred forty <EOS>")])["ids"]
+
+    monkeypatch.setattr(module, "generate", generate)
+    assert module.answer(tiny(module), [42, 342]) == [
+        "42 -> forty two", "342 -> three hundred forty\n    WRONG: three hundred forty two"]
+
+
+@GENERATORS
+def test_text_ends_where_the_end_was_written_or_at_the_limit(module):
+    for text in ("forty two <EOS> nine nine", "forty two <EOS> <PAD> <PAD>", "forty two <PAD>", "forty two"):
+        assert module.to_words(torch.tensor(toy_dataset.to_ids(text.split()))) == "forty two"
+
+
+@GENERATORS
+def test_strategies_are_compared_on_held_out_numbers(module, monkeypatch, capsys):
+    """A model that names every number, and generates one and the same text unconditionally."""
+    asked = set()
+
+    def generate(model, prompts, *_, **__):
+        texts = []
+        for prompt in prompts:
+            digits = "".join(token for token in toy_dataset.to_tokens(prompt) if token.isdigit())
+            asked.update([int(digits)] if digits else [])
+            texts.append([*toy_dataset.number_to_words(int(digits)), "<EOS>"] if digits else
+                         "4 2 <SEP> forty two <EOS>".split())
+        return toy_dataset.pad_batch([{"ids": toy_dataset.to_ids(text)} for text in texts])["ids"]
+
+    monkeypatch.setattr(module, "generate", generate)
+    if module is encoder_decoder:
+        monkeypatch.setattr(module, "beam_search", lambda *arguments: (generate(*arguments)[:, None], None))
+    module.show_strategies(tiny(module))
+    rows = [re.findall(r"[\d.]+%", line) for line in capsys.readouterr().out.splitlines() if "%" in line]
+    expected = ["100.0%", "0.2%", "100.0%"] if module is decoder_only else ["100.0%"]
+    assert len(rows) >= 6 and all(row == expected for row in rows)
+    assert len(asked) == 500 and asked <= set(toy_dataset.make_splits().test)
+
+
+# --- on a GPU, where there is one ---
+
+
+def on(device, model):
+    return copy.deepcopy(model).to(device)
+
+
+def test_a_gpu_is_used_and_computes_what_the_cpu_computes(module, accelerator):
+    assert next(module.build_model(**TINY).parameters()).device.type == accelerator.type
+    model, (batch,) = tiny(module), batches(module, 16)
+    found, targets = module.predict(on(accelerator, model), batch)
+    assert found.device.type == accelerator.type == targets.device.type
+    torch.testing.assert_close(found.cpu(), module.predict(model, batch)[0], atol=1e-3, rtol=1e-3)
+
+
+def test_training_on_a_gpu_goes_the_way_it_goes_on_the_cpu(module, accelerator):
+    parts, losses = batches(module, 16, 16, 16), []
+    for model in (tiny(module), on(accelerator, tiny(module))):
+        history = module.train(model, toy_dataset.Splits(parts, parts[:1], None), 3, 1e-3, 1, quiet())
+        losses.append([row["loss"] for row in history] + [history[-1]["validation_loss"]])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_a_gpu_generates_what_the_cpu_generates(accelerator, request):
+    trained_encoder, trained_decoder, trained_encoder_decoder = (
+        request.getfixturevalue(f"trained_{name}") for name in ("encoder", "decoder", "encoder_decoder"))
+    numbers = [7, 342, 90210, 600006]
+    prompts = [decoder_only.make_prompt(number) for number in numbers]
+    sources = [encoder_decoder.make_source(number) for number in numbers]
+    texts = [encoder_only.parse_text(text) for text in encoder_only.MASKED_EXAMPLES]
+    for model, write in ((trained_encoder, lambda model: encoder_only.generate(model, texts, 2)),
+                         (trained_decoder, lambda model: decoder_only.generate(model, prompts)),
+                         (trained_encoder_decoder, lambda model: encoder_decoder.generate(model, sources)),
+                         (trained_encoder_decoder, lambda model: encoder_decoder.beam_search(model, sources, 3)[0])):
+        found = write(on(accelerator, model))
+        assert found.device.type == accelerator.type and found.cpu().equal(write(model))
+
+
+@GENERATORS
+def test_sampling_on_a_gpu_takes_a_generator_of_its_own(module, accelerator):
+    model, prompt = on(accelerator, tiny(module)), [toy_dataset.SOS_ID]
+    first, second = (module.generate(model, [prompt] * 9, 9, temperature=1.0, top_k=9, top_p=0.9,
+                                     generator=torch.Generator(accelerator).manual_seed(3)) for _ in range(2))
+    assert first.equal(second)
+
+
+def test_what_a_gpu_saved_the_cpu_loads(module, accelerator, tmp_path):
+    model = on(accelerator, tiny(module))
+    module.save(model, tmp_path / "model.pt")
+    loaded = module.load(tmp_path / "model.pt", module.build_model(**TINY).cpu())
+    assert all(value.equal(model.state_dict()[name].cpu()) for name, value in loaded.state_dict().items())
+
+
+def test_every_device_masks_the_same_tokens(accelerator):
+    ids = torch.randint(6, 40, (20, 12))
+    here, there = (encoder_only.mask_tokens(tokens, torch.Generator().manual_seed(0))
+                   for tokens in (ids, ids.to(accelerator)))
+    assert all(one.equal(other.cpu()) for one, other in zip(here, there))

@@ -1,5 +1,7 @@
 """The causal mask, the KV cache, sampling strategies, generation."""
 
+import math
+
 import pytest
 import torch
 from conftest import tiny
@@ -117,9 +119,52 @@ def test_after_the_end_there_is_only_padding_and_the_limit_holds(trained_decoder
         assert PAD_ID not in row[: row.index(EOS_ID) if EOS_ID in row else None]
 
 
-def test_generation_stops_at_max_length():
-    model = tiny(gpt, max_length=8)
-    assert gpt.generate(model, [[SOS_ID, 7, 8]], max_new_tokens=50, temperature=1.0).size(1) <= 6
+def always(likely):
+    """A model whose logits are the same at every position: those given for some tokens, and much lower for the rest."""
+    model, logits = tiny(gpt, max_length=8), torch.full((len(VOCABULARY),), -9.0)
+    for token, logit in likely.items():
+        logits[toy_dataset.TOKEN_TO_ID[token]] = logit
+    model.forward = lambda ids, *_, **__: logits.repeat(len(ids), ids.size(1), 1)
+    return model
+
+
+def words_of(new):
+    return [toy_dataset.to_tokens(row) for row in new.tolist()]
+
+
+def test_generation_goes_on_until_the_last_token_that_max_length_allows():
+    """Eight positions can be read. What comes after the eighth can be written still: nobody reads it."""
+    prompt = gpt.to_ids(["<SOS>", "7", "<SEP>"])
+    assert gpt.generate(always({"one": 1.0}), [prompt], max_new_tokens=50).size(1) == 6
+    real, longer = tiny(gpt, max_length=8), tiny(gpt, max_length=30)  # the same weights
+    ids = gpt.generate(real, [prompt] * 20, 50, temperature=2.0, generator=torch.Generator().manual_seed(0))
+    expected = gpt.generate(longer, [prompt] * 20, 6, temperature=2.0, generator=torch.Generator().manual_seed(0))
+    assert ids.equal(expected) and ids.size(1) == 6
+    assert gpt.generate(real, [[SOS_ID] * 8], max_new_tokens=50).size(1) == 1
+    with pytest.raises(InputError, match="MAX_LENGTH = 8"):
+        gpt.generate(real, [[SOS_ID] * 9])
+
+
+def test_padding_is_never_written_however_likely_it_is():
+    model = always({"<PAD>": 9.0, "two": 2.0, "one": 1.0})
+    assert words_of(gpt.generate(model, [[SOS_ID]], 3)) == [["two"] * 3]
+    new = gpt.generate(model, [[SOS_ID]] * 50, 3, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    assert {word for row in words_of(new) for word in row} == {"one", "two"} and PAD_ID not in new
+
+
+def test_generation_ends_with_the_last_text_that_is_not_done_yet():
+    model = always({"<EOS>": 2.0, "one": 2.0})
+    new = gpt.generate(model, [[SOS_ID]] * 30, 6, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    lengths = (new != PAD_ID).sum(dim=1)
+    assert new.size(1) == lengths.max() == 6 > lengths.min() == 1
+    assert gpt.generate(always({"<EOS>": 1.0}), [[SOS_ID]] * 3, 6).size(1) == 1
+
+
+def test_a_repetition_penalty_counts_what_was_generated_all_of_it_and_not_the_prompt():
+    model, prompt = always({"one": 2.0, "two": 1.8, "six": 1.7}), gpt.to_ids(["<SOS>", "one"])
+    expected = {1.0: "one one one one", 1.01: "one one one one", 1.5: "one two six one", 0.5: "one one one one"}
+    for penalty, text in expected.items():
+        assert words_of(gpt.generate(model, [prompt], 4, repetition_penalty=penalty)) == [text.split()]
 
 
 def test_a_generator_makes_sampling_repeatable_and_leaves_the_global_one_alone(trained_decoder):
@@ -180,6 +225,38 @@ def test_top_p_keeps_exactly_as_many_tokens_as_a_plain_loop_would():
         assert (gpt.keep_top_p(logits[None], 0.7) > -torch.inf).sum() == count
 
 
+def drawn(probabilities, temperature=1.0, top_k=None, top_p=None):
+    """Which tokens are ever drawn, in a thousand draws."""
+    logits = torch.tensor([probabilities]).log().expand(1000, -1)
+    return set(gpt.choose_tokens(logits, temperature, top_k, top_p, torch.Generator().manual_seed(0)).tolist())
+
+
+def test_temperature_comes_before_top_p():
+    """0.75, 0.2, 0.05 reach 0.7 with one token; at temperature 5 they are 0.41, 0.35, 0.24, and it takes two."""
+    assert drawn([0.75, 0.2, 0.05], top_p=0.7) == {0}
+    assert drawn([0.75, 0.2, 0.05], temperature=5.0, top_p=0.7) == {0, 1}
+
+
+def test_top_p_counts_the_probability_that_top_k_left():
+    """Of 0.4, 0.3, 0.2, 0.1 the best two have 0.57 and 0.43 of the rest: the first alone reaches 0.55."""
+    assert drawn([0.4, 0.3, 0.2, 0.1], top_p=0.55) == {0, 1}
+    assert drawn([0.4, 0.3, 0.2, 0.1], top_k=2) == {0, 1}
+    assert drawn([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.55) == {0}
+    assert drawn([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.9) == {0, 1}
+
+
+def test_generation_draws_as_its_settings_say():
+    model = always({"one": 3.0, "two": 2.0, "six": 1.0})
+
+    def written(**settings):
+        new = gpt.generate(model, [[SOS_ID]] * 100, 5, generator=torch.Generator().manual_seed(0), **settings)
+        return {word for row in words_of(new) for word in row}
+
+    assert written(temperature=1.0) >= {"one", "two", "six"} and written(temperature=0.0) == {"one"}
+    assert written(temperature=1.0, top_k=2) == {"one", "two"} and written(temperature=0.01) == {"one"}
+    assert written(temperature=1.0, top_p=0.5) == {"one"} and len(written(temperature=50.0)) == len(VOCABULARY) - 1
+
+
 def test_temperature_sharpens_and_flattens_and_one_changes_nothing():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     entropy = [-(p * p.log()).sum() for t in (0.5, 1, 2) for p in [gpt.scale_by_temperature(logits, t).softmax(-1)]]
@@ -224,11 +301,15 @@ def test_a_free_text_counts_only_if_its_words_name_its_digits():
         assert read(text) is None
 
 
-def test_the_floor_is_the_entropy_of_the_numbers_and_zero_without_them(monkeypatch):
-    loaders = gpt.create_dataloaders()
-    assert 0.5 < float(gpt.describe_floor(loaders.validation.dataset).split()[0]) < 1.5
+def test_the_floor_is_what_the_digits_cost_who_knows_how_numbers_are_drawn(monkeypatch):
+    dataset = toy_dataset.NumberDataset([7, 342], toy_dataset.decoder_only_example)
+    lengths = [len(str(number)) for number in toy_dataset.make_splits().train]
+    one, three = (lengths.count(n) / len(lengths) for n in (1, 3))  # of the numbers that have 1 or 3 digits
+    nats = -math.log(one / 10) - math.log(three / 900)              # 7 is one of ten, 342 one of nine hundred
+    num_targets = len("7 <SEP> seven <EOS>".split()) + len("3 4 2 <SEP> three hundred forty two <EOS>".split())
+    assert float(gpt.describe_floor(dataset).split()[0]) == pytest.approx(nats / num_targets, abs=6e-4)
     monkeypatch.setattr(gpt, "LOSS_ON_PROMPT", False)
-    assert gpt.describe_floor(loaders.validation.dataset).startswith("0 ")
+    assert gpt.describe_floor(dataset).startswith("0 ")
 
 
 def test_no_target_lies_in_the_prompt_when_its_loss_is_switched_off():

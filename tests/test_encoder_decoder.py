@@ -1,5 +1,7 @@
 """Cross-attention, generation, and beam search against exhaustive search."""
 
+import re
+
 import pytest
 import torch
 from conftest import tiny
@@ -123,6 +125,34 @@ def test_after_the_end_there_is_only_padding_and_the_limit_holds():
                 assert set(row[row.index(EOS_ID) + 1:]) <= {PAD_ID}
 
 
+def test_decoding_goes_on_until_the_last_token_that_max_length_allows():
+    """MAX_LENGTH positions can be read, <SOS> among them, and each is followed by a token: as many may be written."""
+    short, longer = tiny(t5, max_length=6), tiny(t5, max_length=30)  # the same weights
+    sources = [t5.make_source(number) for number in range(50, 90)]
+    sampled = [t5.generate(model, sources, limit, temperature=2.0, generator=torch.Generator().manual_seed(0))
+               for model, limit in ((short, 50), (longer, 6))]
+    beams = [t5.beam_search(model, sources, 3, 1.0, limit)[0] for model, limit in ((short, 50), (longer, 6))]
+    assert sampled[0].equal(sampled[1]) and beams[0].equal(beams[1])
+    assert sampled[0].size(-1) == 6 == beams[0].size(-1)
+
+
+def test_padding_is_never_written_however_likely_it_is():
+    model = tiny(t5)
+    decode, scores = model.decode, []
+
+    def prefers_padding(*arguments, **options):
+        logits = decode(*arguments, **options)
+        scores.append(logits[..., PAD_ID].max())
+        return logits + 99.0 * (torch.arange(len(VOCABULARY)) == PAD_ID)
+
+    model.decode = prefers_padding
+    texts = [t5.generate(model, SOURCES, 4), t5.generate(model, SOURCES, 4, temperature=1.0),
+             t5.beam_search(model, SOURCES, 3, 1.0, 4)[0].flatten(0, 1)]
+    for ids in texts:
+        assert all(PAD_ID not in row[: row.index(EOS_ID) if EOS_ID in row else None] and row for row in ids.tolist())
+    assert scores
+
+
 def test_a_generator_leaves_the_global_random_state_alone(trained_encoder_decoder):
     state = torch.get_rng_state()
     t5.generate(trained_encoder_decoder, SOURCES, temperature=1.0, generator=torch.Generator().manual_seed(0))
@@ -229,3 +259,29 @@ def test_the_cross_attention_map_has_a_row_for_each_word_and_sums_to_one(trained
     weights = t5.cross_attention(trained_encoder_decoder, 90210)
     assert weights.shape == (6, 6)
     torch.testing.assert_close(weights.sum(-1), torch.ones(6))
+    for number, shape in ((342, (5, 4)), (7, (2, 2)), (20, (2, 3))):
+        assert t5.cross_attention(trained_encoder_decoder, number).shape == shape
+
+
+def test_the_cross_attention_map_is_the_mean_of_all_layers_and_heads(trained_encoder_decoder):
+    model, maps = trained_encoder_decoder, []
+    source = torch.tensor([t5.make_source(342)])
+    target = torch.tensor([t5.to_ids("<SOS> three hundred forty two".split())])
+    model.decode(target, model.encode(source), source, cross_maps=maps)
+    mean = sum(weights[0, head] for weights in maps for head in range(4)) / (4 * len(maps))
+    torch.testing.assert_close(t5.cross_attention(model, 342), mean)
+
+
+def test_the_drawn_alignment_of_a_model_that_looks_at_the_right_digits_is_100_percent(monkeypatch, capsys):
+    weights = torch.zeros(6, 6)
+    for row, digits in zip(weights, [*toy_dataset.align(90210), {5}]):
+        row[list(digits)] = 1 / len(digits)
+    monkeypatch.setattr(t5, "cross_attention", lambda model, number: weights)
+    t5.show_alignment(None, 90210)
+    drawn = capsys.readouterr().out
+    rows = {line.strip().partition("[")[0].strip(): line for line in drawn.splitlines() if "[#" in line}
+    assert {word: row.count("[") for word, row in rows.items()} == {
+        "ninety": 2, "thousand": 2, "two": 1, "hundred": 1, "ten": 2}
+    assert rows["two"].split() == ["two", "[#####]"] and rows["two"].index("[") == rows["hundred"].index("[")
+    share, chance = [int(percent) for percent in re.findall(r"(\d+)%", drawn)]
+    assert share == 100 and chance == round(100 * (2 + 2 + 1 + 1 + 2) / (5 * 6))

@@ -1,9 +1,12 @@
-"""The language: names, splits, examples, batches."""
+"""The language: names, splits, examples, batches; and what every script does with arguments and errors."""
 
 import re
+import sys
+from types import ModuleType
 
 import pytest
 import torch
+from conftest import ROOT
 
 import toy_dataset as toy
 from toy_dataset import IGNORE, InputError
@@ -17,6 +20,51 @@ NAMES = {0: "zero", 10: "ten", 11: "eleven", 20: "twenty", 21: "twenty one", 100
 @pytest.mark.parametrize("number, name", NAMES.items())
 def test_names_are_those_written_by_hand(number, name):
     assert " ".join(toy.number_to_words(number)) == name
+
+
+def language(max_digits):
+    """toy_dataset.py as it is with another MAX_DIGITS."""
+    source = (ROOT / "toy_dataset.py").read_text()
+    module = ModuleType(f"toy_dataset_{max_digits}")
+    exec(re.sub(r"^MAX_DIGITS = \d+", f"MAX_DIGITS = {max_digits}", source, flags=re.MULTILINE), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("max_digits", [3, 4, 7, 10, 12])
+def test_the_language_can_be_larger_or_smaller_and_ends_where_it_says(max_digits):
+    other = language(max_digits)
+    numbers = [0, 7, 100, *(n % 10**max_digits for n in (70_000_000_001, 123_456_789_012, 900_000_000_000)),
+               10**max_digits - 1]
+    for number in numbers:
+        name = other.number_to_words(number)
+        assert other.words_to_number(name) == number == other.parse_number(str(number))
+        assert other.to_tokens(other.to_ids(name)) == name and len(name) <= other.MAX_WORDS
+    with pytest.raises(ValueError, match=f"0 to {10**max_digits - 1}"):
+        other.words_to_number(other.number_to_words(10**max_digits))
+    with pytest.raises(ValueError, match=f"1 to {max_digits} digits"):
+        other.parse_number(str(10**max_digits))
+    assert len(other.PLACES) == max_digits == len(set(other.PLACES))
+    train, validation, test = map(set, other.make_splits())
+    assert not (train & validation or train & test or validation & test) and train and validation and test
+
+
+def test_large_names_are_those_written_by_hand():
+    assert " ".join(language(12).number_to_words(70_003_000_201)) == "seventy billion three million two hundred one"
+
+
+@pytest.mark.parametrize("max_digits", [2, 13])
+def test_a_language_of_any_other_size_is_refused_in_one_sentence(max_digits):
+    with pytest.raises(SystemExit, match=f"MAX_DIGITS = {max_digits} .*3 to 12"):
+        language(max_digits)
+
+
+def test_the_longest_names_have_max_words():
+    assert max(len(toy.number_to_words(number)) for number in range(776_000, 778_000)) == toy.MAX_WORDS
+    assert max(len(toy.number_to_words(number)) for split in toy.make_splits() for number in split) <= toy.MAX_WORDS
+
+
+def test_the_smallest_and_the_largest_number_can_be_typed():
+    assert [toy.parse_number(text) for text in ("0", "10", "999999")] == [0, 10, 999999]
 
 
 def test_reading_a_name_undoes_naming_for_the_whole_language():
@@ -49,6 +97,7 @@ def test_each_token_has_one_id_and_padding_is_zero():
     assert toy.PAD_ID == 0 == toy.TOKEN_TO_ID["<PAD>"]
     assert not set(toy.DIGITS) & set(toy.WORDS)
     assert toy.to_tokens(toy.to_ids(toy.VOCABULARY[1:])) == toy.VOCABULARY[1:]
+    assert toy.to_tokens([toy.PAD_ID, *toy.to_ids(["7", "<EOS>"]), toy.PAD_ID]) == ["7", "<EOS>"]
 
 
 def test_the_splits_share_no_number_and_have_the_promised_sizes():
@@ -72,6 +121,31 @@ def test_the_splits_are_the_same_on_every_machine():
     first = toy.make_splits()
     toy.make_splits.cache_clear()
     assert toy.make_splits() == first
+
+
+def test_another_seed_gives_other_splits(monkeypatch):
+    first = toy.make_splits()
+    monkeypatch.setattr(toy, "SEED", toy.SEED + 1)
+    other = toy.make_splits.__wrapped__()
+    assert all(set(one) != set(two) for one, two in zip(first, other))
+    assert sorted(map(len, first)) == sorted(map(len, other))
+
+
+def test_the_loaders_ask_for_all_numbers_of_their_split_once():
+    splits = toy.make_splits()
+    loaders = toy.make_dataloaders(toy.counting_example, 999, seed=0)  # 999: the last batch is a small one
+    for numbers, loader in zip(splits, loaders):
+        assert loader.dataset.numbers == numbers
+        rows = [row for batch in loader for row in batch["ids"][:, 1:].tolist()]
+        asked = [int("".join(token for token in toy.to_tokens(row) if token != "<SEP>")) for row in rows]
+        assert sorted(asked) == sorted(numbers)
+
+
+def test_fewer_training_numbers_are_the_first_ones_and_of_all_lengths():
+    loaders = toy.make_dataloaders(toy.counting_example, 64, seed=0, num_train=300)
+    assert loaders.train.dataset.numbers == toy.make_splits().train[:300]
+    assert len({len(str(number)) for number in loaders.train.dataset.numbers}) >= toy.MAX_DIGITS - 1
+    assert loaders.test.dataset.numbers == toy.make_splits().test
 
 
 @pytest.mark.parametrize("number", [0, 7, 42, 342, 90210, 777777])
@@ -122,15 +196,68 @@ def test_training_numbers_come_in_a_new_order_each_epoch_and_the_others_in_their
     assert first != second and sorted(first) == sorted(second)
     again = toy.make_dataloaders(toy.tagging_example, 64, seed=0, num_train=200)
     assert torch.cat([b["ids"][:, 1] for b in again.train]).tolist() == first
+    other_seed = toy.make_dataloaders(toy.tagging_example, 64, seed=1, num_train=200)
+    assert torch.cat([b["ids"][:, 1] for b in other_seed.train]).tolist() not in (first, second)
     assert next(iter(loaders.validation))["ids"].equal(next(iter(loaders.validation))["ids"])
 
 
-def test_impossible_batches_and_splits_are_refused(monkeypatch):
+def test_an_impossible_batch_size_is_refused():
     with pytest.raises(InputError, match="BATCH_SIZE"):
         toy.make_dataloaders(toy.tagging_example, 0, seed=0)
-    monkeypatch.setattr(toy, "NUM_TRAIN", 50)
-    toy.make_splits.cache_clear()
-    with pytest.raises(InputError, match="NUM_TRAIN"):
-        toy.make_splits()
-    monkeypatch.undo()
-    toy.make_splits.cache_clear()
+
+
+@pytest.mark.parametrize("name, size", [("NUM_TRAIN", 100), ("NUM_VALIDATION", 0), ("NUM_TEST", 0)])
+def test_a_split_without_numbers_of_its_own_is_refused(monkeypatch, name, size):
+    monkeypatch.setattr(toy, name, size)
+    with pytest.raises(InputError, match=f"{name} = {size}"):
+        toy.make_splits.__wrapped__()
+
+
+def test_a_mask_is_drawn_with_a_row_for_each_query_and_a_column_for_each_key():
+    drawn = toy.format_mask(torch.tensor([[True, False], [True, True]]), ["one", "2"], ["a", "bc"])
+    assert drawn.splitlines() == ["       b", "     a c", "one  # .", "  2  # #"]
+
+
+# --- what every script does with arguments and errors ---
+
+
+def run_main(monkeypatch, main, *arguments, parse=None):
+    """run_script(main) as if called from the shell with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    toy.run_script(main, parse)
+
+
+def raises(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("error", [InputError("no"), FloatingPointError("no"), PermissionError("no")])
+def test_what_a_person_can_mend_is_one_sentence(monkeypatch, error):
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, raises(error))
+    assert caught.value.code == "script.py: no"  # a text as exit code: written to stderr, status 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), RuntimeError("a bug")])
+def test_a_bug_keeps_its_traceback(monkeypatch, error):
+    with pytest.raises(type(error)):
+        run_main(monkeypatch, raises(error))
+
+
+def test_ctrl_c_ends_with_the_shells_status_for_it(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, raises(KeyboardInterrupt()))
+    assert caught.value.code == 130 and capsys.readouterr().err == "\nStopped.\n"
+
+
+def test_every_argument_is_read_before_anything_runs(monkeypatch, capsys):
+    got = []
+    run_main(monkeypatch, lambda *numbers: got.extend(numbers), "342", "7", parse=toy.parse_number)
+    assert got == [342, 7]
+    with pytest.raises(SystemExit) as caught:
+        run_main(monkeypatch, lambda *numbers: got.extend(numbers), "342", "007", parse=toy.parse_number)
+    assert got == [342, 7] and caught.value.code == 2
+    assert capsys.readouterr().err.startswith("script.py: '007' is not a number")
