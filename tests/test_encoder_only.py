@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import copy
+
 import pytest
 import torch
 from conftest import TINY, tiny
@@ -302,3 +304,205 @@ def test_texts_that_cannot_be_filled_in_are_refused(text, message):
 def test_there_must_be_something_to_fill_in_and_a_round_to_do_it(prompts, iterations):
     with pytest.raises(InputError):
         bert.generate(tiny(bert), prompts, iterations)
+
+
+# --- mask-predict, round by round ---
+
+
+def rounds_of(model, prompts, iterations):
+    """What the model read in each round, and at the end what generate returned: (B, T) each."""
+    read = []
+    handle = model.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0].clone()))
+    filled = bert.generate(model, prompts, iterations)
+    handle.remove()
+    return [state.clone() for state in [*read, filled]]  # clones: in inference mode tensors cannot be used again
+
+
+def test_what_is_filled_in_once_stays_and_is_the_likeliest_digit_or_word(trained_encoder):
+    texts = ["777777 <SEP> " + "<MASK> " * 9, "<MASK> 2 <SEP> <MASK> two", TEXTS[1]]
+    prompts = [bert.parse_text(text) for text in texts]
+    states = rounds_of(trained_encoder, prompts, 4)
+    assert len(states) == 5
+    for before, after in zip(states, states[1:]):
+        logits = trained_encoder(before)
+        logits[..., : len(SPECIAL_TOKENS)] = -torch.inf
+        filled = (before == MASK_ID) & (after != MASK_ID)
+        assert filled.any() and after[before != MASK_ID].equal(before[before != MASK_ID])
+        assert after[filled].equal(logits.argmax(dim=-1)[filled])
+
+
+def test_of_a_rounds_predictions_the_least_sure_are_masked_again(trained_encoder):
+    prompts = [bert.parse_text(text) for text in ("777777 <SEP> " + "<MASK> " * 9, "342 <SEP> " + "<MASK> " * 4)]
+    states = rounds_of(trained_encoder, prompts, 3)
+    for before, after in zip(states, states[1:-1]):
+        logits = trained_encoder(before)
+        logits[..., : len(SPECIAL_TOKENS)] = -torch.inf
+        sure = logits.softmax(dim=-1).max(dim=-1).values
+        for row in range(len(prompts)):
+            again = after[row] == MASK_ID
+            kept = (before[row] == MASK_ID) & ~again
+            assert sure[row][again].max() <= sure[row][kept].min()
+    assert [(state == MASK_ID).sum(dim=1).tolist() for state in states] == [[9, 4], [6, 2], [3, 1], [0, 0]]
+
+
+def test_both_digits_and_words_may_be_filled_in_and_special_tokens_may_not():
+    model = tiny(bert)
+    for token, expected in (("7", "7"), ("0", "0"), ("seven", "seven"), ("<PAD>", "two"), ("<MASK>", "two")):
+        logits = torch.zeros(len(VOCABULARY))
+        logits[toy_dataset.TOKEN_TO_ID["two"]], logits[toy_dataset.TOKEN_TO_ID[token]] = 1.0, 2.0
+        model.forward = lambda ids, logits=logits: logits.repeat(*ids.shape, 1)
+        for iterations in (1, 2):
+            filled = bert.generate(model, [[MASK_ID] * 3], iterations)[0].tolist()
+            assert toy_dataset.to_tokens(filled) == [expected] * 3
+
+
+def test_mask_predict_is_without_dropout():
+    model = tiny(bert, dropout=0.5).train()
+    prompts = [bert.parse_text("777777 <SEP> " + "<MASK> " * 9)]
+    assert bert.generate(model, prompts, 3).equal(bert.generate(model, prompts, 3))
+    assert bert.generate(model, prompts, 3).equal(bert.generate(model.eval(), prompts, 3))
+
+
+def test_the_longest_text_that_fits_is_accepted_and_one_token_more_is_not(monkeypatch):
+    monkeypatch.setattr(bert, "MAX_LENGTH", 8)
+    assert len(bert.parse_text("1 <SEP> <MASK> <MASK> <MASK> <MASK>")) == 8
+    with pytest.raises(InputError):
+        bert.parse_text("1 <SEP> <MASK> <MASK> <MASK> <MASK> <MASK>")
+
+
+def test_what_was_filled_in_stands_in_brackets(monkeypatch):
+    monkeypatch.setattr(bert, "generate", lambda model, prompts: torch.tensor(
+        [bert.to_ids("<CLS> 3 4 2 <SEP> three hundred forty two <SEP>".split())]))
+    filled = bert.fill_in(None, ["3 <MASK> 2 <SEP> three <MASK> forty two"])
+    assert filled == ["3 [4] 2 <SEP> three [hundred] forty two"]
+
+
+# --- masking, pooling, evaluation, fine-tuning: what the rest of the file relies on ---
+
+
+def test_every_digit_and_word_is_masked_and_replaced_and_put_in_anothers_place_sometimes():
+    """No token is spared and none is preferred: random ones are drawn from all digits and words."""
+    everything = torch.arange(len(SPECIAL_TOKENS), len(VOCABULARY)).expand(4000, -1)
+    corrupted, targets = bert.mask_tokens(everything, torch.Generator().manual_seed(0))
+    asked = (targets != IGNORE).float().mean(dim=0)
+    assert asked.min() > 0.6 * bert.MASK_PROBABILITY and asked.max() < 1.4 * bert.MASK_PROBABILITY
+    others = corrupted[(corrupted != everything) & (corrupted != MASK_ID)].bincount(minlength=len(VOCABULARY))
+    assert not others[: len(SPECIAL_TOKENS)].any() and others[len(SPECIAL_TOKENS):].min() > 20
+
+
+def test_training_masks_anew_each_time_and_targets_that_a_batch_brings_are_kept():
+    torch.manual_seed(0)
+    model, batch = tiny(bert), toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in range(500, 600)])
+    assert not bert.predict(model, batch)[1].equal(bert.predict(model, batch)[1])
+    given = {"ids": batch["ids"], "targets": torch.full_like(batch["ids"], 30)}
+    logits, targets = bert.predict(model, given)
+    assert targets.equal(given["targets"]) and logits.equal(model(batch["ids"]))
+
+
+def test_the_masked_model_reads_the_masks_and_not_the_answers():
+    """If it read the text as it was, the token at its place would tell it everything."""
+    model, (text,) = tiny(bert), [toy_dataset.masked_lm_example(777777)]
+    batch, read = toy_dataset.pad_batch([text] * 50), []
+    model.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+    _, targets = bert.predict(model, batch)
+    asked = targets != IGNORE
+    assert (read[0][asked] == MASK_ID).float().mean() > 0.7 and targets[asked].equal(batch["ids"][asked])
+
+
+def test_the_pooled_vector_is_bounded():
+    """tanh, as in BERT: however large the pooler's weights, a logit is at most what the head makes of ones."""
+    model = tiny(bert, task="counting")
+    model.pooler.weight.data *= 1000
+    head = model.head
+    bound = head.weight.abs().sum(dim=1) + head.bias.abs()
+    logits = model(text_of(90210))[0, 0]
+    assert (logits.abs() <= bound + 1e-4).all() and (logits.abs() > 0.1 * bound).any()
+
+
+def test_accuracy_counts_answers_and_exact_match_counts_texts_of_which_something_is_asked(trained_encoder):
+    loader = [toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in numbers])
+              for numbers in (range(300), range(90000, 90100))]  # short ones often have no mask at all
+    generator = torch.Generator().manual_seed(bert.SEED)
+    answers = [[(guess == target).item() for guess, target in zip(row.argmax(-1), wanted) if target != IGNORE]
+               for batch in loader for row, wanted in zip(*bert.predict(trained_encoder, batch, generator))]
+    assert [] in answers
+    found, asked = bert.evaluate(trained_encoder, loader), [row for row in answers if row]
+    assert found["accuracy"] == pytest.approx(sum(map(sum, answers)) / sum(map(len, answers)))
+    assert found["exact_match"] == pytest.approx(sum(map(all, asked)) / len(asked))
+    assert found["mistakes"] == [i for i, row in enumerate(answers) if not all(row)]
+
+
+@pytest.mark.parametrize("task", ["tagging", "counting"])
+def test_fine_tuning_moves_all_weights_at_its_own_rate_and_leaves_the_pretrained_model_alone(monkeypatch, task):
+    monkeypatch.setattr(bert, "FINE_TUNING_STEPS", 2)
+    monkeypatch.setattr(bert, "FINE_TUNING_LEARNING_RATE", 4e-4)
+    pretrained, loaders = tiny(bert), bert.create_dataloaders(64, 0, task, 128)
+    loaders = loaders._replace(validation=[next(iter(loaders.validation))])
+    before = {name: value.clone() for name, value in pretrained.state_dict().items()}
+    model, history = bert.fine_tune(pretrained, loaders, task, 1, tqdm(disable=True, total=1))
+    assert [row["learning_rate"] for row in history] == [bert.learning_rate_at(step, 2, 4e-4) for step in range(2)]
+    after = model.state_dict()
+    for name, value in pretrained.state_dict().items():
+        assert value.equal(before[name]) and not after[name].equal(value), name
+    scratch, _ = bert.fine_tune(None, loaders, task, 1, tqdm(disable=True, total=1))
+    assert scratch.constants["D_MODEL"] == bert.D_MODEL and scratch.task == task
+
+
+# --- answers ---
+
+
+@pytest.mark.parametrize("task, right, wrong", [("tagging", "hundreds, tens, ones", "hundreds, hundreds, hundreds"),
+                                                ("counting", "4 words", "3 words")])
+def test_an_answer_is_marked_wrong_if_and_only_if_it_is(monkeypatch, task, right, wrong):
+    labels = {"hundreds, tens, ones": [0, 2, 1, 0, 0], "hundreds, hundreds, hundreds": [2] * 5,
+              "4 words": [3], "3 words": [2]}
+    example = toy_dataset.pad_batch([bert.TASKS[task](342)])
+    targets = example["places"] if task == "tagging" else example["count"][:, None]
+    for said, line in ((right, f"342 -> {right}"), (wrong, f"342 -> {wrong}\n    WRONG: {right}")):
+        logits = torch.nn.functional.one_hot(torch.tensor([labels[said]]), 9).float()
+        monkeypatch.setattr(bert, "predict", lambda model, batch, logits=logits: (logits, targets))
+        assert bert.answer(tiny(bert, task=task), [342]) == [line]
+
+
+def test_a_masked_models_answer_asks_for_the_middle_word(monkeypatch):
+    asked, said = [], "3 4 2 <SEP> three hundred [ten] two"
+    monkeypatch.setattr(bert, "fill_in", lambda model, texts: asked.extend(texts) or [said])
+    assert bert.answer(tiny(bert), [342]) == [f"{said}\n    WRONG: [forty]"]
+    assert asked == ["3 4 2 <SEP> three hundred <MASK> two"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_answers_are_without_dropout_and_put_the_mode_back(task):
+    model = tiny(bert, task=task, dropout=0.5)
+    expected = bert.answer(model.eval(), [342, 90210])
+    assert bert.answer(model.train(), [342, 90210]) == expected and model.training
+
+
+def test_questions_are_answered_from_checkpoints_only_if_all_are_there(monkeypatch, tmp_path, capsys):
+    models = {task: tiny(bert, task=task) for task in TASKS}
+    trained = []
+    monkeypatch.setattr(bert, "CHECKPOINT", tmp_path / "model.pt")
+    monkeypatch.setattr(bert, "build_model", lambda *_, task="masked_lm": copy.deepcopy(models[task]))
+    monkeypatch.setattr(bert, "train_and_test", lambda: trained.append(True) or models)
+    for missing in TASKS:
+        for task, model in models.items():
+            bert.save(model, bert.checkpoint_of(task))
+        bert.checkpoint_of(missing).unlink()
+        bert.main(342)
+        assert trained.pop()
+    bert.save(models[missing], bert.checkpoint_of(missing))
+    bert.main(342, "3 <MASK> 2 <SEP> three")
+    assert not trained and "342 -> " in capsys.readouterr().out
+
+
+def test_every_fine_tuning_starts_from_the_model_that_was_pretrained(monkeypatch, tmp_path):
+    started, model = [], tiny(bert)
+    fine_tuned = {task: tiny(bert, task=task) for task in TASKS}
+    monkeypatch.setattr(bert, "CHECKPOINT", tmp_path / "model.pt")
+    monkeypatch.setattr(bert, "build_model", lambda *_, **__: model)
+    monkeypatch.setattr(bert, "evaluate", lambda *_: {"loss": 1.0, "exact_match": 1.0, "accuracy": 1.0, "mistakes": []})
+    monkeypatch.setattr(bert, "train", lambda *_: [])
+    monkeypatch.setattr(bert, "fine_tune", lambda pretrained, loaders, task, *_: started.append(
+        (task, pretrained is model)) or (fine_tuned[task], []))
+    bert.train_and_test()
+    assert sorted(started) == sorted((task, True) for task in TASKS if task != "masked_lm")
