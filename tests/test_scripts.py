@@ -6,9 +6,16 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import MODULES, ROOT
+from tqdm import tqdm
+
+import encoder_only
+import quick_start
+import toy_dataset
 
 FILES = ["encoder_only", "decoder_only", "encoder_decoder"]
 FAST = {"D_MODEL": 16, "NUM_LAYERS": 1, "NUM_HEADS": 2, "D_FF": 16, "NUM_EPOCHS": 1, "FINE_TUNING_STEPS": 2,
@@ -140,3 +147,50 @@ def test_quick_start_trains_all_three_and_sums_them_up(tmp_path):
     table = done.stdout[done.stdout.index("exact match\n"):]
     assert all(re.search(rf"^{name} .*%$", table, re.MULTILINE) for name in FILES)
     assert "CROSS-ATTENTION for 90210" in done.stdout
+
+
+def test_quick_start_shows_of_each_model_what_it_is_after_its_training(monkeypatch, capsys):
+    """Each row of the table against the model that was trained, and each training against what the constants say."""
+    for name, size in SMALL.items():
+        monkeypatch.setattr(toy_dataset, name, size)
+    toy_dataset.make_splits.cache_clear()
+    monkeypatch.setattr(quick_start, "BATCH_SIZE", 75)
+    monkeypatch.setattr(quick_start, "NUM_EPOCHS", {"encoder_only": 1, "decoder_only": 3, "encoder_decoder": 2})
+    trained, found = {}, []
+
+    def evaluate(model, loader):  # as if each evaluation found one percent more than the one before
+        found.append((len(found) + 1) / 100)
+        return {"loss": 9.0, "exact_match": found[-1], "mistakes": []}
+
+    def watch(module):
+        train, build = module.train, partial(module.build_model, 16, 1, 2, 16)
+        monkeypatch.setattr(module, "build_model", build)
+        torch.manual_seed(quick_start.SEED)
+        expected = build(task="tagging") if module is encoder_only else build()
+
+        def watched(model, loaders, *arguments, **options):
+            assert all(value.equal(expected.state_dict()[name]) for name, value in model.state_dict().items())
+            assert loaders.train.batch_size == 75 and loaders.train.generator.initial_seed() == quick_start.SEED
+            options["progress"] = tqdm(disable=True, total=1)
+            history = train(model, loaders, *arguments, **options)
+            trained[module.__name__] = model, loaders, len(history), found[-1]
+            return history
+
+        monkeypatch.setattr(module, "train", watched)
+        monkeypatch.setattr(module, "evaluate", evaluate)
+
+    for module in MODULES:
+        watch(module)
+    quick_start.main()
+    printed = capsys.readouterr().out
+    for module in MODULES:
+        model, _, steps, exact = trained[module.__name__]
+        assert steps == 8 * quick_start.NUM_EPOCHS[module.__name__]  # 600 numbers in batches of 75
+        row = next(line for line in printed.splitlines() if line.startswith(f"{module.__name__} ")).split()
+        assert row[-1] == f"{exact:.2%}" and row[-4] == str(steps)
+        assert row[-5] == f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+        assert "\n  ".join(module.answer(model, quick_start.EXAMPLES)) in printed
+    assert trained["encoder_only"][0].task == "tagging"
+    batch = next(iter(trained["decoder_only"][1].train))  # a translation: the digits are given, and cost nothing
+    assert (batch["targets"][:, 0] == toy_dataset.IGNORE).all()
+    toy_dataset.make_splits.cache_clear()
