@@ -39,7 +39,7 @@ def copy_of(folder, *names, **constants):
 
 
 def run(folder, name, *arguments):
-    environment = {"PATH": "/usr/bin:/bin", "LANG": "C", "OMP_NUM_THREADS": "2"}
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C", "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, f"{name}.py", *arguments], cwd=folder, capture_output=True, text=True,
                           env=environment, timeout=300)
 
@@ -100,9 +100,7 @@ def test_without_a_checkpoint_a_question_is_answered_after_training(tmp_path, na
     assert done.returncode == 0 and "TEST" in done.stdout and "342 -> " in done.stdout
 
 
-@pytest.mark.parametrize("name, argument", [
-    *((name, argument) for name in FILES for argument in ("abc", "1234567")),
-    *(("decoder_only", argument) for argument in ("-5", "007", "", "--help"))])  # one function reads them for all three
+@pytest.mark.parametrize("name, argument", [*((name, "1234567") for name in FILES), ("decoder_only", "--help")])
 def test_a_wrong_argument_ends_with_status_2_and_one_sentence(tmp_path, name, argument):
     assert_one_sentence(run(copy_of(tmp_path, name), name, argument), 2, argument)
 
@@ -112,21 +110,22 @@ def test_scripts_without_arguments_say_so(tmp_path, name):
     assert_one_sentence(run(copy_of(tmp_path, *FILES, "quick_start"), name, "342"), 2, "no arguments")
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("constants, parts", [
-    ({"NUM_HEADS": 3}, ["D_MODEL = 16", "NUM_HEADS = 3"]), ({"LEARNING_RATE": 1000}, ["LEARNING_RATE = 1000"]),
-    ({"MAX_LENGTH": 5}, ["MAX_LENGTH = 5"])])
+@pytest.mark.parametrize("name, constants, parts", [
+    ("encoder_only", {"NUM_HEADS": 3}, ["D_MODEL = 16", "NUM_HEADS = 3"]),
+    ("encoder_only", {"SEED": "'a'"}, ["SEED = 'a'"]),
+    ("decoder_only", {"LEARNING_RATE": 1000}, ["LEARNING_RATE = 1000"]),
+    ("decoder_only", {"D_MODEL": "'128'"}, ["D_MODEL = '128'"]),
+    ("encoder_decoder", {"MAX_LENGTH": 5}, ["MAX_LENGTH = 5"])])
 def test_constants_that_cannot_work_end_with_status_1_and_one_sentence(tmp_path, name, constants, parts):
     assert_one_sentence(run(copy_of(tmp_path, name, **constants), name), 1, *parts)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
-def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path, content):
+def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path):
     folder = copy_of(tmp_path, "decoder_only")
     (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "decoder_only.pt").write_bytes(content)
+    (folder / "checkpoints" / "decoder_only.pt").write_bytes(b"not a checkpoint")
     assert_one_sentence(run(folder, "decoder_only", "342"), 1, "decoder_only.pt", "damaged")
-    assert (folder / "checkpoints" / "decoder_only.pt").read_bytes() == content
+    assert (folder / "checkpoints" / "decoder_only.pt").read_bytes() == b"not a checkpoint"
 
 
 @pytest.mark.parametrize("name", FILES)
