@@ -268,6 +268,11 @@ def test_dropout_acts_on_the_sum_of_embedding_and_position_in_training_only(modu
     torch.testing.assert_close(dropped[~zeroed], 2 * exact[~zeroed])
 
 
+def test_one_constant_sets_the_dropout_of_all_places(module):
+    found = [part.p for part in module.build_model(**TINY | {"dropout": 0.3}).modules() if isinstance(part, nn.Dropout)]
+    assert set(found) == {0.3} and len(found) == {encoder_decoder: 11}.get(module, 5)  # 1, and 2 or 3 in each layer
+
+
 def test_a_new_model_has_xaviers_weights_zero_biases_and_small_embeddings(module):
     torch.manual_seed(0)
     model = module.build_model(d_model=64, d_ff=256, num_layers=1)

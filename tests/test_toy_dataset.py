@@ -131,9 +131,12 @@ def test_another_seed_gives_other_splits(monkeypatch):
     assert sorted(map(len, first)) == sorted(map(len, other))
 
 
-def test_the_loaders_ask_for_all_numbers_of_their_split_once():
-    splits = toy.make_splits()
-    loaders = toy.make_dataloaders(toy.counting_example, 999, seed=0)  # 999: the last batch is a small one
+def test_the_loaders_ask_for_all_numbers_of_their_split_once(monkeypatch):
+    for name, size in (("NUM_TRAIN", 500), ("NUM_VALIDATION", 1100), ("NUM_TEST", 1300)):  # last batches are small
+        monkeypatch.setattr(toy, name, size)
+    splits = toy.make_splits.__wrapped__()
+    monkeypatch.setattr(toy, "make_splits", lambda: splits)
+    loaders = toy.make_dataloaders(toy.counting_example, 64, seed=0)
     for numbers, loader in zip(splits, loaders):
         assert loader.dataset.numbers == numbers
         rows = [row for batch in loader for row in batch["ids"][:, 1:].tolist()]
@@ -163,6 +166,7 @@ def test_each_target_is_the_next_input(number):
     for example, field in ((toy.encoder_decoder_example(number), "target"), (toy.decoder_only_example(number), "ids")):
         assert example[field][1:] == example["targets"][:-1]
     silent = toy.decoder_only_example(number, loss_on_prompt=False)
+    assert len(silent["targets"]) == len(silent["ids"])
     asked = [target for target in silent["targets"] if target != IGNORE]
     assert toy.to_tokens(asked) == [*toy.number_to_words(number), "<EOS>"]
 
@@ -170,6 +174,8 @@ def test_each_target_is_the_next_input(number):
 def test_places_and_counts_are_true():
     example = toy.tagging_example(342)
     assert [toy.PLACES[p] for p in example["places"] if p != IGNORE] == ["hundreds", "tens", "ones"]
+    places = [toy.PLACES[p] for p in toy.tagging_example(123456)["places"] if p != IGNORE]
+    assert places == ["hundred-thousands", "ten-thousands", "thousands", "hundreds", "tens", "ones"]
     assert toy.counting_example(342)["count"] == 3
 
 
@@ -188,6 +194,9 @@ def test_the_alignment_is_the_one_made_by_hand():
     assert toy.align(0) == [{0}] and toy.align(600006) == [{0}, {0}, {0, 1, 2}, {5}]
     assert toy.align(17) == [{0, 1}] and toy.align(20) == [{0, 1}] and toy.align(21) == [{0}, {1}]
     assert all(len(toy.align(n)) == len(toy.number_to_words(n)) for n in range(0, 10**6, 37))
+    larger = language(9)  # in which a group of three zeros, of which nothing is said, may stand in the middle
+    assert larger.align(1_000_005) == [{0}, {0}, {6}]
+    assert all(len(larger.align(n)) == len(larger.number_to_words(n)) for n in range(0, 10**9, 999_983))
 
 
 def test_training_numbers_come_in_a_new_order_each_epoch_and_the_others_in_theirs():
