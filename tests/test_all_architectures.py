@@ -443,8 +443,8 @@ def test_one_batch_can_be_learned_by_heart(module):
         model, batch = module.build_model(**TINY), first_batch(module, 2)
         if module is decoder_only:  # two different first digits after the same <SOS> cannot both be certain
             batch = toy_dataset.pad_batch([toy_dataset.decoder_only_example(90210)])
-    optimizer = module.create_optimizer(model, 5e-3)
-    for _ in range(150):
+    optimizer = module.create_optimizer(model, 1e-2)
+    for _ in range(60):
         loss_sum, num_targets = module.compute_loss(model, batch)
         optimizer.zero_grad()
         (loss_sum / num_targets).backward()
@@ -495,7 +495,7 @@ def test_a_step_that_has_diverged_raises_before_the_weights_are_touched(module, 
 
     def compute_loss(model, batch):
         total = model.embedding.weight.sum()
-        value = {"nan": total * math.nan, "inf": total + math.inf, "too large": total * 0 + 40.0,
+        value = {"nan": total + math.nan, "inf": total + math.inf, "too large": total * 0 + 40.0,
                  "gradient nan": (total * 0).sqrt()}[loss]
         return value, torch.tensor(1)
 
@@ -528,9 +528,14 @@ def test_a_short_run_is_not_all_warmup_and_the_decay_is_half_a_cosine(module, mo
 
 def test_training_goes_through_all_batches_in_training_mode_at_the_rate_of_the_schedule(module, monkeypatch):
     model, loader = tiny(module), fixed_batches(module, 4, 4, 4)
-    seen, step = [], module.train_step
-    monkeypatch.setattr(module, "train_step", lambda model, batch, optimizer, rate: seen.append(
-        (id(batch), model.training, rate)) or step(model, batch, optimizer, rate))
+    seen, found, step = [], [], module.train_step
+
+    def train_step(model, batch, optimizer, rate):
+        seen.append((id(batch), model.training, rate))
+        found.append(step(model, batch, optimizer, rate))
+        return found[-1]
+
+    monkeypatch.setattr(module, "train_step", train_step)
     bar = tqdm(total=6, file=io.StringIO())
     splits = toy_dataset.Splits(loader, loader[:1], test=None)  # None: it must not need the test numbers
     history = module.train(model, splits, 2, 5e-4, 3, bar)
@@ -538,6 +543,7 @@ def test_training_goes_through_all_batches_in_training_mode_at_the_rate_of_the_s
     assert all(training for _, training, _ in seen)
     assert [rate for *_, rate in seen] == [module.learning_rate_at(step, 6, 5e-4) for step in range(6)]
     assert [row["learning_rate"] for row in history] == [rate for *_, rate in seen] and bar.n == 6
+    assert [(row["loss"], row["grad_norm"]) for row in history] == found
 
 
 def test_what_the_history_says_of_held_out_numbers_is_what_evaluate_says(module):
@@ -545,6 +551,21 @@ def test_what_the_history_says_of_held_out_numbers_is_what_evaluate_says(module)
     history = module.train(model, toy_dataset.Splits([one], [other], [one]), 2, 1e-3, 2, quiet())
     found = module.evaluate(model, [other])
     assert (history[-1]["validation_loss"], history[-1]["exact_match"]) == (found["loss"], found["exact_match"])
+
+
+def test_an_answer_counts_as_correct_if_all_that_is_asked_of_it_is(module, monkeypatch):
+    """Three answers: correct, one token wrong, all wrong. What is guessed where nothing is asked does not matter."""
+    batch = toy_dataset.pad_batch([EXAMPLE[module](number) for number in (777, 342, 90210)])
+    targets = batch["targets"] if "targets" in batch else batch["ids"].masked_fill(batch["ids"] < 6, IGNORE)
+    guesses, one = targets.clamp(min=0), (targets[1] != IGNORE).nonzero()[-1]  # where nothing is asked: <PAD>
+    if module is decoder_only:
+        guesses[0, 0] += 1  # a digit of the prompt: nobody could guess it
+        one = batch["ids"][1].tolist().index(toy_dataset.SEP_ID)  # where the first word is asked for
+    guesses[1, one], guesses[2] = guesses[1, one] + 1, guesses[2] + 1
+    logits = 9.0 * F.one_hot(guesses, len(toy_dataset.VOCABULARY) + 1).float()
+    monkeypatch.setattr(module, "predict", lambda *_: (logits, targets))
+    found = module.evaluate(tiny(module), [batch, batch])
+    assert found["mistakes"] == [1, 2, 4, 5] and found["exact_match"] == pytest.approx(1 / 3)
 
 
 def test_the_loss_of_an_evaluation_is_that_of_all_its_targets_alike(module):
