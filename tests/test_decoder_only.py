@@ -214,6 +214,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
     assert survivors[0].nonzero().flatten().tolist() == sorted(order[:kept])
 
 
+def test_a_top_p_of_one_keeps_even_what_is_too_unlikely_for_a_sum_in_float32():
+    logits = torch.tensor([[40.0, 0.0, -3.0]])  # the first has probability 1 but for rounding
+    assert gpt.keep_top_p(logits, 1.0).equal(logits) and (gpt.keep_top_p(logits, 0.99) > -torch.inf).sum() == 1
+
+
 def test_top_p_keeps_exactly_as_many_tokens_as_a_plain_loop_would():
     torch.manual_seed(0)
     for logits in torch.randn(20, 12, dtype=torch.float64):
