@@ -433,18 +433,16 @@ def test_accuracy_counts_answers_and_exact_match_counts_texts_of_which_something
 
 
 @pytest.mark.parametrize("task", ["tagging", "counting"])
-def test_fine_tuning_moves_all_weights_at_its_own_rate_and_leaves_the_pretrained_model_alone(monkeypatch, task):
-    monkeypatch.setattr(bert, "FINE_TUNING_STEPS", 2)
-    monkeypatch.setattr(bert, "FINE_TUNING_LEARNING_RATE", 4e-4)
+def test_fine_tuning_moves_all_weights_at_its_own_rate_and_leaves_the_pretrained_model_alone(task):
     pretrained, loaders = tiny(bert), bert.create_dataloaders(64, 0, task, 128)
     loaders = loaders._replace(validation=[next(iter(loaders.validation))])
     before = {name: value.clone() for name, value in pretrained.state_dict().items()}
-    model, history = bert.fine_tune(pretrained, loaders, task, 1, tqdm(disable=True, total=1))
+    model, history = bert.fine_tune(pretrained, loaders, task, 2, 4e-4, 1, tqdm(disable=True, total=1))
     assert [row["learning_rate"] for row in history] == [bert.learning_rate_at(step, 2, 4e-4) for step in range(2)]
     after = model.state_dict()
     for name, value in pretrained.state_dict().items():
         assert value.equal(before[name]) and not after[name].equal(value), name
-    scratch, _ = bert.fine_tune(None, loaders, task, 1, tqdm(disable=True, total=1))
+    scratch, _ = bert.fine_tune(None, loaders, task, 2, 4e-4, 1, tqdm(disable=True, total=1))
     assert scratch.constants["D_MODEL"] == bert.D_MODEL and scratch.task == task
 
 

@@ -88,7 +88,7 @@ def test_a_file_alone_with_the_data_trains_shows_saves_and_then_answers(tmp_path
     assert "TEST" not in done.stdout
 
     set_constants(folder / f"{name}.py", {"D_FF": 32})
-    assert_one_sentence(run(folder, name, "342"), 1, str(checkpoint), "D_FF = 16")
+    assert_one_sentence(run(folder, name, "342"), 1, str(checkpoint.with_suffix("")), "D_FF = 16")
     assert checkpoint.read_bytes() == before
     done = run(folder, name)
     assert done.returncode == 0 and checkpoint.with_name(f"{name}.pt.old").read_bytes() == before
