@@ -465,7 +465,8 @@ def test_an_answer_is_marked_wrong_if_and_only_if_it_is(monkeypatch, task, right
 def test_a_masked_models_answer_asks_for_the_middle_word(monkeypatch):
     asked, said = [], "3 4 2 <SEP> three hundred [ten] two"
     monkeypatch.setattr(bert, "fill_in", lambda model, texts: asked.extend(texts) or [said])
-    assert bert.answer(tiny(bert), [342]) == [f"{said}\n    WRONG: [forty]"]
+    line, = bert.answer(tiny(bert), [342])
+    assert line.startswith(f"{said}\n    WRONG: ") and "[forty]" in line
     assert asked == ["3 4 2 <SEP> three hundred <MASK> two"]
 
 
@@ -476,20 +477,21 @@ def test_answers_are_without_dropout_and_put_the_mode_back(task):
     assert bert.answer(model.train(), [342, 90210]) == expected and model.training
 
 
-def test_questions_are_answered_from_checkpoints_only_if_all_are_there(monkeypatch, tmp_path, capsys):
+def test_questions_are_answered_from_checkpoints_only_if_all_that_they_need_are_there(monkeypatch, tmp_path, capsys):
     models = {task: tiny(bert, task=task) for task in TASKS}
     trained = []
     monkeypatch.setattr(bert, "CHECKPOINT", tmp_path / "model.pt")
     monkeypatch.setattr(bert, "build_model", lambda *_, task="masked_lm": copy.deepcopy(models[task]))
     monkeypatch.setattr(bert, "train_and_test", lambda: trained.append(True) or models)
-    for missing in TASKS:
+    questions = [342, "3 <MASK> 2 <SEP> three"]
+    for missing in ("masked_lm", "tagging", "counting"):
         for task, model in models.items():
             bert.save(model, bert.checkpoint_of(task))
         bert.checkpoint_of(missing).unlink()
-        bert.main(342)
+        bert.main(*questions)
         assert trained.pop()
     bert.save(models[missing], bert.checkpoint_of(missing))
-    bert.main(342, "3 <MASK> 2 <SEP> three")
+    bert.main(*questions)
     assert not trained and "342 -> " in capsys.readouterr().out
 
 
