@@ -375,7 +375,7 @@ WRONG = {
     "LEARNING_RATE": [0, "a", math.nan], "FINAL_LEARNING_RATE_RATIO": [-1, 2], "WARMUP_STEPS": [-1, "a"],
     "WEIGHT_DECAY": [-1, "a"], "GRAD_CLIP": [0, "a"], "EXAMPLES": [[], 5], "MASKED_EXAMPLES": [[], "a"]}
 WRONG_EXAMPLES = {"EXAMPLES": [[7, 10**7], ["a"]], "PROGRESS_EXAMPLE": [-1, "a"], "DETAILED_EXAMPLE": [10**7],
-                  "MASKED_EXAMPLES": [["7 <SEP> seven"], ["<MASK>"]]}
+                  "MASKED_EXAMPLES": [["7 <SEP> <MASK>", "<MASK>"]]}
 
 
 CASES = [*((name, value, f"{name} = {re.escape(repr(value))} must be") for name, values in WRONG.items()
@@ -754,6 +754,7 @@ def test_the_figure_at_the_end_is_that_of_the_test_numbers_looked_at_after_train
         module, monkeypatch, tmp_path, capsys, small_language):
     calls = []
     monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "model.pt")
+    monkeypatch.setattr(module, "describe_floor", lambda dataset: "as low as it gets")
     monkeypatch.setattr(module, "train", lambda model, loaders, *_, **__: calls.append("train") or [])
     monkeypatch.setattr(module, "evaluate", lambda model, loader: calls.append(loader.dataset.numbers) or {
         "loss": 1.0, "exact_match": 0.4321, "accuracy": 0.4321, "mistakes": []})
