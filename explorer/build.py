@@ -41,7 +41,7 @@ import decoder_only  # noqa: E402
 import encoder_decoder  # noqa: E402
 import encoder_only  # noqa: E402
 import toy_dataset  # noqa: E402
-from toy_dataset import IGNORE, InputError, number_to_words, run_script, to_ids  # noqa: E402
+from toy_dataset import IGNORE, InputError, number_to_words, run_script  # noqa: E402
 
 # ======================================================================================================
 # CONSTANTS

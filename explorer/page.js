@@ -21,8 +21,9 @@ const TASKS = {
 
 // `number` is what was typed for the decoders, `text` for the encoder-only model. `off` and `head` are kept per model.
 const state = {
-  model: "decoder_only", number: "90210", text: null, view: "attention", seed: 1, temperature: 0, topK: null, topP: null,
-  off: {}, head: {}, group: {}, changed: null, replacement: null, selected: null, shown: Infinity, row: null,
+  model: "decoder_only", number: "90210", text: null, original: null, view: "attention",
+  seed: 1, temperature: 0, topK: null, topP: null, off: {}, head: {}, group: {},
+  changed: null, replacement: null, selected: null, shown: Infinity, row: null,
 };
 MODELS.forEach((name) => { state.off[name] = new Set(); });
 let current = null;   // the answer on the page, from answerQuestion(); null while the input is not valid
@@ -42,12 +43,12 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// A probability as a percentage that does not round to a certainty: 42%, 3.1%, >99.99%.
+// A probability as a percentage that does not round to a certainty: 42%, 3.1%, >99.9%.
 function percent(p) {
   if (p === 0 || p === 1) return `${100 * p}%`;
-  if (p < 0.0001) return "<0.01%";
-  if (p > 0.9999) return ">99.99%";
-  return p >= 0.1 && p <= 0.995 ? `${(100 * p).toFixed(0)}%` : `${(100 * p).toFixed(p < 0.1 && p >= 0.001 ? 1 : 2)}%`;
+  if (p < 0.0005) return "<0.1%";
+  if (p > 0.9995) return ">99.9%";
+  return `${(100 * p).toFixed(p < 0.0995 || p > 0.9 ? 1 : 0)}%`;
 }
 
 // Uniform numbers in [0, 1) from a seed (mulberry32): the same address shows the same sample.
@@ -163,6 +164,7 @@ function passOf(context) {
   return current.passes.get(context);
 }
 
+const numTokens = () => current.slots.length - current.numGiven;  // tokens of the answer, <EOS> included
 const selectedSlot = () => current.slots[Math.min(state.selected ?? current.numGiven, current.slots.length - 1)];
 const shownContext = () => selectedSlot()?.context ?? current.pass;  // a text without holes has no slots
 
@@ -201,7 +203,7 @@ function drawAnswer() {
   $("after").replaceChildren();
   $("verdict").replaceChildren();
   if (!current) return;
-  const shown = Math.min(state.shown, current.slots.length - current.numGiven);
+  const shown = Math.min(state.shown, numTokens());
   if (isEncoder) {
     drawText();
     const visible = new Map(current.slots.slice(0, shown).map((slot, i) => [slot.row, i]));
@@ -226,7 +228,7 @@ function drawAnswer() {
   }
   drawVerdict(shown);
   $("back").disabled = shown === 0;
-  $("step").disabled = shown === current.slots.length - current.numGiven;
+  $("step").disabled = shown === numTokens();
 }
 
 const kind = (token) => token === "<MASK>" ? "mask" : token.startsWith("<") ? "special" : "";
@@ -247,13 +249,15 @@ function drawText() {
   }));
 }
 
+// What stood at a hole comes back if it is known: where a number was typed. Otherwise the model's prediction takes it.
 function toggleHole(t) {
   const {digits, words} = currentText(), tokens = [...digits, "<SEP>", ...words];
-  if (tokens[t - 1] === "<MASK>") {  // what stood there, as far as it is known: the original, or what the model says
-    tokens[t - 1] = state.original?.length === tokens.length ? state.original[t - 1] : VOCABULARY[current.final[t]];
-  } else {
-    tokens[t - 1] = "<MASK>";
+  if (state.text === null) {
+    const typed = parseText(RULES, VOCABULARY, state.number);
+    state.original = [...typed.digits, "<SEP>", ...typed.words];
   }
+  if (tokens[t - 1] === "<MASK>") tokens[t - 1] = state.original?.[t - 1] ?? VOCABULARY[current.final[t]];
+  else tokens[t - 1] = "<MASK>";
   state.text = joinText(tokens);
   $("input").value = state.text;
   update();
@@ -261,7 +265,8 @@ function toggleHole(t) {
 }
 
 // Digits in one piece where none is masked: "90210 <SEP> ninety <MASK> two hundred ten".
-const joinText = (tokens) => tokens.join(" ").replace(/^[0-9]( [0-9])+ (?=<SEP>)/, (digits) => digits.replaceAll(" ", "") + " ");
+const joinText = (tokens) => tokens.join(" ")
+  .replace(/^[0-9]( [0-9])+ (?=<SEP>)/, (digits) => digits.replaceAll(" ", "") + " ");
 
 function answerToken(i) {
   const slot = current.slots[i], token = VOCABULARY[slot.id];
@@ -289,11 +294,12 @@ function select(i) {
 
 function drawVerdict(shown) {
   const parts = [];
-  if (shown < current.slots.length - current.numGiven) {
-    parts.push(make("span", {}, `${shown} of ${current.slots.length - current.numGiven} tokens`));
+  if (shown < numTokens()) {
+    parts.push(`${shown} of ${numTokens()} tokens`);
   } else if (state.model === "encoder_only") {
     const {count, right, slots} = current;
-    const fit = count === 1 ? "Exactly one number fits this text." : `${count.toLocaleString("en")} numbers fit this text.`;
+    const fit = count === 1 ? "Exactly one number fits this text."
+      : `${count.toLocaleString("en")} numbers fit this text.`;
     if (!slots.length) parts.push("Nothing is masked: click a digit or a word.");
     else if (!count) parts.push("No number fits this text, so no answer can be correct.");
     else parts.push(make("b", {className: right ? "good" : "bad"}, right ? "Correct." : "Wrong."), ` ${fit}`);
@@ -314,20 +320,18 @@ function stopPlaying() {
 }
 
 function showTokens(shown) {
-  const total = current.slots.length - current.numGiven;
-  state.shown = Math.max(0, Math.min(shown, total));
+  state.shown = Math.max(0, Math.min(shown, numTokens()));
   select(current.numGiven + Math.max(0, state.shown - 1));
 }
 
 function play() {
   if (timer) { stopPlaying(); return; }
   if (!current) return;
-  const total = current.slots.length - current.numGiven;
-  if (Math.min(state.shown, total) >= total) showTokens(0);
+  if (state.shown >= numTokens()) showTokens(0);
   $("play").textContent = "Pause";
   timer = setInterval(() => {
     showTokens(state.shown + 1);
-    if (state.shown >= total) stopPlaying();
+    if (state.shown >= numTokens()) stopPlaying();
   }, 450);
 }
 
@@ -362,27 +366,30 @@ function drawAttention() {
   $("groups").replaceChildren(...Object.keys(groups).length < 2 ? [] : Object.keys(groups).map((name) =>
     make("button", {"aria-pressed": String(name === group),
                     onclick: () => { state.group[state.model] = name; state.row = null; drawView(); }}, name)));
-  const H = getModel().constants.NUM_HEADS, tiles = [];
-  $("heads").style.setProperty("--heads", Math.min(H, 8));
-  groups[group].forEach((name, i) => attention.get(name).forEach((weights, h) => {
-    const off = state.off[state.model].has(`${name}.head.${h}`);
-    tiles.push(make("button", {
-      className: "tile", "aria-pressed": String(i === layer && h === head), "data-head": `${i}.${h}`,
-      "aria-label": `layer ${i + 1}, head ${h + 1}${off ? ", switched off" : ""}`,
-      onclick: () => { state.head[state.model] = {layer: i, head: h}; drawView(); $("heads").children[i * H + h].focus(); },
-    }, paintMap(weights), make("span", {}, `${i + 1}.${h + 1}${off ? " off" : ""}`)));
-  }));
-  $("heads").replaceChildren(...tiles);
+  $("heads").style.setProperty("--heads", Math.min(getModel().constants.NUM_HEADS, 8));
+  $("heads").replaceChildren(...groups[group].flatMap((name, i) => [make("h3", {}, `Layer ${i + 1}`),
+    ...attention.get(name).map((weights, h) => {
+      const off = state.off[state.model].has(`${name}.head.${h}`);
+      return make("button", {
+        className: `tile${off ? " off" : ""}`, "aria-pressed": String(i === layer && h === head),
+        "data-head": `${i}.${h}`, "aria-label": `layer ${i + 1}, head ${h + 1}${off ? ", switched off" : ""}`,
+        onclick: () => {
+          state.head[state.model] = {layer: i, head: h};
+          drawView();
+          $("heads").querySelector(`[data-head="${i}.${h}"]`).focus();
+        },
+      }, paintMap(weights), make("span", {}, off ? "off" : `head ${h + 1}`));
+    })]));
 
   const weights = attention.get(groups[group][layer])[head];
   $("head-title").textContent = `Layer ${layer + 1}, head ${head + 1}`;
-  const from = group === "cross-attention" ? "predicting" : "at";
+  const where = group === "cross-attention" ? "The position that predicts " : "The position of ";
   const showRow = (t) => {
     state.row = t;
     $("map").querySelectorAll("[data-row]").forEach((element) => {
       element.classList.toggle("active", Number(element.dataset.row) === t);
     });
-    $("attended").replaceChildren(make("p", {}, `${from} `, make("code", {}, rows[t]), ", attends to"), make("div", {
+    $("attended").replaceChildren(make("p", {}, where, make("code", {}, rows[t]), " attends to"), make("div", {
       className: "strip"}, ...columns.map((token, s) => make("span", {
       className: "weight", "data-weight": weights[t][s], style: `--p:${weights[t][s].toFixed(4)}`},
       make("code", {}, token), make("small", {}, percent(weights[t][s]))))));
@@ -406,21 +413,23 @@ function paintMap(weights) {
   return canvas;
 }
 
-// A large map with its tokens. values (T, S) in [0, 1]; null: nothing is there. Rows, and columns if they can be chosen,
-// are buttons; pointing at a cell is pointing at its row.
-function drawMap(box, values, rows, columns, {onRow, onColumn, chosen, label}) {
+// A large map with its tokens. values (T, S) in [0, 1]; null: nothing is there. Rows with an onRow, and columns with an
+// onColumn, are buttons; pointing at a cell is pointing at its row.
+function drawMap(box, values, rows, columns, {onRow, onColumn, chosen, label, tint = (value) => value}) {
   const cells = [make("span")];
   box.style.setProperty("--columns", columns.length);
   columns.forEach((token, s) => cells.push(onColumn && values.some((row) => row[s] !== null)
     ? make("button", {className: "column-label", "aria-pressed": String(s === chosen), "data-column": s,
-                      "aria-label": `replace ${token}, token ${s + 1}`, onclick: () => onColumn(s)}, make("span", {}, token))
+                      "aria-label": `replace ${token}, token ${s + 1}`, onclick: () => onColumn(s)},
+           make("span", {}, token))
     : make("span", {className: "column-label"}, make("span", {}, token))));
   values.forEach((row, t) => {
     cells.push(make(onRow ? "button" : "span", {className: "row-label", "data-row": t, onfocus: () => onRow?.(t),
                                                 onclick: () => onRow?.(t)}, rows[t]));
     row.forEach((value, s) => cells.push(make("i", {
-      className: value === null ? "cell none" : s === chosen ? "cell chosen" : "cell", "data-row": t, "data-value": value ?? "",
-      title: value === null ? "" : label(t, s), style: value === null ? "" : `background:${colour(value)}`})));
+      className: `cell${value === null ? " none" : ""}${s === chosen ? " chosen" : ""}`, "data-row": t,
+      "data-value": value ?? "", ...value === null ? {}
+        : {title: label(t, s), style: `background:${colour(tint(value))}`}})));
   });
   box.replaceChildren(...cells);
   box.onpointerover = (event) => { if (onRow && event.target.dataset?.row) onRow(Number(event.target.dataset.row)); };
@@ -434,7 +443,7 @@ const NUM_BARS = 10;
 
 function drawNext() {
   $("temperature").value = state.temperature;
-  $("temperature-value").textContent = state.temperature ? state.temperature.toFixed(1) : "0: greedy, always the top one";
+  $("temperature-value").textContent = state.temperature ? state.temperature.toFixed(1) : "0: greedy, always the top";
   $("top-k").max = VOCABULARY.length;
   $("top-k").value = state.topK ?? VOCABULARY.length;
   $("top-k-value").textContent = state.topK ?? "all";
@@ -456,15 +465,17 @@ function drawNext() {
   const order = descending(logits).filter((id) => scaled[id] > 0), cut = order.filter((id) => final[id] === 0)
     .reduce((sum, id) => sum + scaled[id], 0);
   $("next-title").replaceChildren(...describeSlot(slot));
+  $("bars-model").textContent = state.temperature ? `at ${state.temperature.toFixed(1)}` : "model";
   $("bars").replaceChildren(...order.slice(0, NUM_BARS).map((id) => {
     const token = VOCABULARY[id], ideal = slot.ideal?.get(token) ?? 0;
-    return make("div", {className: `bar${final[id] ? "" : " cut-away"}${id === slot.id ? " drawn" : ""}`, role: "listitem",
-                        "data-token": token, "data-probability": final[id],
-                        "aria-label": `${token}: ${final[id] ? percent(final[id]) : "cut away"}${ideal ? `; at best ${percent(ideal)}` : ""}`},
+    const best = ideal ? `; the best prediction: ${percent(ideal)}` : "";
+    return make("div", {className: `bar${final[id] ? "" : " cut-away"}${id === slot.id ? " drawn" : ""}`,
+                        role: "listitem", "data-token": token, "data-probability": final[id],
+                        "aria-label": `${token}: ${final[id] ? percent(final[id]) : "cut away"}${best}`},
       make("code", {}, token, ideal ? make("sup", {title: "can be correct"}, "✓") : ""),
       make("span", {className: "track"}, make("span", {className: "fill", style: `width:${100 * scaled[id]}%`}),
-        ideal ? make("span", {className: "ideal", style: `left:${100 * ideal}%`, title: `at best ${percent(ideal)}`}) : ""),
-      make("small", {}, final[id] ? percent(final[id]) : "cut"));
+        ideal ? make("span", {className: "ideal", style: `left:${100 * ideal}%`}) : ""),
+      make("small", {}, percent(scaled[id])), make("small", {}, final[id] ? percent(final[id]) : "cut"));
   }));
   const others = order.slice(NUM_BARS).reduce((sum, id) => sum + scaled[id], 0);
   $("rest").textContent = `The other ${order.length - NUM_BARS} tokens together: ${percent(others)}. `
@@ -474,12 +485,12 @@ function drawNext() {
     + `${order.length} tokens can be drawn.`;
 }
 
-// What a distribution is about: "After <SEP>: the next token" or, encoder-only, "<MASK> at token 4".
-function describeSlot(slot) {
-  const {text} = slot.context, code = (id) => make("code", {}, VOCABULARY[id]);
-  return state.model === "encoder_only" ? ["For the ", make("code", {}, "<MASK>"), " between ", code(text[slot.row - 1]),
-                                            " and ", code(text[slot.row + 1])]
-    : ["After ", code(text[slot.row]), slot.given ? ", before the digits are known" : ""];
+// What a distribution is about: "After <SEP>" or, encoder-only, "For the <MASK> between 3 and 2".
+function describeSlot({context: {text}, row}) {
+  const code = (id) => make("code", {}, VOCABULARY[id]);
+  return state.model === "encoder_only"
+    ? ["For the ", code(MASK_ID), " between ", code(text[row - 1]), " and ", code(text[row + 1])]
+    : ["After ", code(text[row])];
 }
 
 // ====================================================================================================================
@@ -507,12 +518,14 @@ function listParts() {
   return rows;
 }
 
+const allParts = () => listParts().flatMap(([, , parts]) => parts.map(([part]) => part));
+
 // Exact match on held-out numbers by what is switched off: measured[model][names of the parts, joined] = share.
 const measured = Object.fromEntries(MODELS.map((name) => [name, {}]));
 const keyOf = (off) => [...off].sort().join(",");
 
 function drawSwitches() {
-  const off = state.off[state.model];
+  const off = state.off[state.model], focused = document.activeElement?.dataset.part;
   let title = null;
   $("parts").replaceChildren(...listParts().flatMap(([layer, name, parts]) => {
     const heading = layer === title ? [] : [make("h3", {}, layer)];
@@ -523,30 +536,30 @@ function drawSwitches() {
         return make("button", {className: "switch", "aria-pressed": String(!off.has(part)), "data-part": part,
                                "aria-label": `${layer}, ${name}, ${label}: ${off.has(part) ? "off" : "on"}`,
                                onclick: () => togglePart(part)}, label,
-          make("small", {title: "exact match without this part"}, share === undefined ? "" : percent(share)));
+          share === undefined ? "" : make("small", {className: "share", title: "exact match without this part",
+                                                    style: `--p:${share}`}, percent(share)));
       })))];
   }));
+  if (focused) $("parts").querySelector(`[data-part="${focused}"]`)?.focus();
   $("all-on").disabled = off.size === 0;
   $("compare").replaceChildren(...comparison(off));
   $("measure-title").textContent = `${DATA.heldOut.length} held-out numbers`;
   const rows = [["all parts on", measured[state.model][""]]];
   if (off.size) rows.push([`without ${describeParts(off)}`, measured[state.model][keyOf(off)]]);
   $("measured").replaceChildren(...rows.map(([name, share]) => make("tr", {}, make("th", {scope: "row"}, name),
-    make("td", {}, share === undefined ? "not measured yet" : `${percent(share)} (${Math.round(share * DATA.heldOut.length)})`))));
+    make("td", {}, share === undefined ? "not measured yet" : percent(share)))));
   if (!measuring) $("measure-note").textContent = state.model === "encoder_only"
     ? "One token of each text is masked, a digit or a word; the others determine it."
     : "Counted as correct if every word of the name is.";
 }
 
 const describeParts = (off) => listParts().flatMap(([layer, name, parts]) => parts.filter(([part]) => off.has(part))
-  .map(([, label]) => `${layer.toLowerCase()} ${label === "FFN" ? "FFN" : `${name === "cross-attention" ? "cross " : ""}${label}`}`))
-  .join(", ");
+  .map(([, label]) => [layer.toLowerCase(), ...name === "cross-attention" ? [name] : [], label].join(" "))).join(", ");
 
 function togglePart(part) {
   const off = state.off[state.model];
   if (!off.delete(part)) off.add(part);
   update();
-  requestAnimationFrame(() => document.querySelector(`[data-part="${part}"]`)?.focus());
 }
 
 // The answer with everything on beside the answer as it is now, both greedy.
@@ -588,10 +601,12 @@ let measuring = null;  // the measurement that is running, an object; another cl
 async function measure(settings) {
   if (measuring) { measuring = null; return; }
   const mine = measuring = {}, name = state.model, model = getModel();
-  const open = settings.filter((off) => measured[name][keyOf(off)] === undefined);
+  const open = [...new Map(settings.map((off) => [keyOf(off), off])).values()]  // each once, and only if it is new
+    .filter((off) => measured[name][keyOf(off)] === undefined);
   const total = open.length * DATA.heldOut.length;
   let done = 0, drawn = performance.now();
   $("measure").textContent = $("measure-each").textContent = "Stop";
+  $("progress").hidden = false;
   for (const off of open) {
     let correct = 0;
     for (const example of DATA.heldOut) {
@@ -614,6 +629,7 @@ async function measure(settings) {
 
 function endMeasuring() {
   if (measuring) return;
+  $("progress").hidden = true;
   $("progress").value = 0;
   $("measure").textContent = "Measure";
   $("measure-each").textContent = "Measure each part alone";
@@ -623,6 +639,8 @@ function endMeasuring() {
 // ====================================================================================================================
 // VIEW: CHANGE A TOKEN
 // ====================================================================================================================
+
+const isBoundary = (id) => id < NUM_SPECIAL_TOKENS && id !== MASK_ID;
 
 // The tokens that may stand in for one: other digits for a digit, other words for a word; none for special tokens.
 function replacements(id) {
@@ -638,21 +656,24 @@ const distance = (p, q) => p.reduce((sum, value, i) => sum + Math.abs(value - q[
 function drawChange() {
   const context = shownContext(), {source, text} = context, numSource = source?.length ?? 0;
   const inputs = [...source ?? [], ...text];
-  const replace = (s, id) => s < numSource ? {source: source.with(s, id), text} : {source, text: text.with(s - numSource, id)};
+  const replace = (s, id) => s < numSource ? {source: source.with(s, id), text}
+    : {source, text: text.with(s - numSource, id)};
+  const outputs = (context) => run(context).logits.map((row) => softmax(allowed(row)));           // (T, V)
   const before = passOf(context).logits.map((row) => softmax(allowed(row)));
   const candidates = inputs.map(replacements);
   let chosen = state.changed;
   if (chosen === null || !candidates[chosen]?.length) chosen = candidates.findIndex((ids) => ids.length);
   if (!candidates[chosen].includes(state.replacement)) state.replacement = next(inputs[chosen], candidates[chosen]);
   const after = inputs.map((id, s) => candidates[s].length
-    ? run(replace(s, s === chosen ? state.replacement : next(id, candidates[s]))).logits.map((row) => softmax(allowed(row)))
-    : null);
-  const values = before.map((p, t) => after.map((outputs) => outputs ? distance(p, outputs[t]) : null));
+    ? outputs(replace(s, s === chosen ? state.replacement : next(id, candidates[s]))) : null);
+  const values = before.map((p, t) => after.map((moved) => moved ? distance(p, moved[t]) : null));
 
   const columns = inputs.map((id) => VOCABULARY[id]);
   const rows = state.model === "encoder_only" ? text.map((id) => VOCABULARY[id])
     : text.map((id, t) => VOCABULARY[current.slots.find((slot) => slot.row === t)?.id ?? SEP_ID]);
-  drawMap($("influence"), values, rows, columns, {chosen, label: (t, s) =>
+  // A faint tint for everything above 0, however small: what is blank is exactly 0.
+  const tint = (value) => value && 0.08 + 0.92 * value;
+  drawMap($("influence"), values, rows, columns, {chosen, tint, label: (t, s) =>
     `output ${rows[t]} moves by ${values[t][s] === 0 ? "exactly 0" : percent(values[t][s])}`,
     onColumn: (s) => { Object.assign(state, {changed: s, replacement: null}); drawView();
                        document.querySelector(`#influence [data-column="${s}"]`)?.focus(); }});
@@ -671,8 +692,8 @@ function drawChange() {
   }));
 }
 
-// The next token of the same kind: 9 is followed by 0, "three" by "four".
-const next = (id, candidates) => candidates.find((other) => other > id) ?? candidates[0];
+// The next token of the same kind, "four" for "three"; the last one, and 9, gives the one before it. Never a leading 0.
+const next = (id, candidates) => candidates.find((other) => other > id) ?? candidates.at(-1);
 
 // ====================================================================================================================
 // VIEW: LAYER BY LAYER
@@ -682,31 +703,30 @@ function drawLayers() {
   const context = shownContext(), {stream} = passOf(context), model = getModel();
   const norm = state.model === "encoder_decoder" ? "decoder_norm" : "final_norm";
   const layers = stream.map((x) => unembed(model, norm, x).map((row) => softmax(allowed(row))));  // (L + 1, T, V)
+  // One row for each predicted token; in the encoder-only model for each digit and word, where the best prediction of a
+  // token that is not masked is that token.
   const slots = current.slots.filter((slot) => slot.context === context && !slot.given);
-  const rows = state.model === "encoder_only"
-    ? context.text.map((id, row) => ({row, id, label: VOCABULARY[id]})).filter(({id}) => id === MASK_ID || id >= NUM_SPECIAL_TOKENS)
-    : slots.map(({row, ideal}) => ({row, ideal, label: VOCABULARY[context.text[row]]}));
+  const rows = state.model !== "encoder_only" ? slots : context.text.map((id, row) => slots.find((s) => s.row === row)
+    ?? {row, ideal: new Map([[VOCABULARY[id], 1]])}).filter(({row}) => !isBoundary(context.text[row]));
   const titles = ["embedding", ...stream.slice(1).map((_, i) => `layer ${i + 1}`)];
   const head = make("tr", {}, make("th", {scope: "col"}, state.model === "encoder_only" ? "at" : "after"),
     ...titles.map((title) => make("th", {scope: "col"}, title)));
-  $("lens").replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows.map(({row, id, ideal, label}) => {
-    const truth = ideal ?? current.slots.find((slot) => slot.context === context && slot.row === row)?.ideal
-      ?? (id >= NUM_SPECIAL_TOKENS ? new Map([[VOCABULARY[id], 1]]) : new Map());
-    return make("tr", {className: row === selectedSlot()?.row ? "selected" : ""}, make("th", {scope: "row"}, make("code", {}, label)),
-      ...layers.map((probabilities) => {
-        const best = argmax(probabilities[row]), p = probabilities[row][best], token = VOCABULARY[best];
-        const top = descending(probabilities[row]).slice(0, 3).map((i) => `${VOCABULARY[i]} ${percent(probabilities[row][i])}`);
-        return make("td", {title: top.join(", "), style: `--p:${p.toFixed(3)}`, "data-token": token, "data-probability": p},
-          make("code", {}, token), truth.has(token) ? make("sup", {}, "✓") : "", make("small", {}, percent(p)));
-      }));
-  })));
+  $("lens").replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows.map(({row, ideal}) =>
+    make("tr", {className: row === selectedSlot()?.row ? "selected" : ""},
+      make("th", {scope: "row"}, make("code", {}, VOCABULARY[context.text[row]])),
+      ...layers.map((rowsOfLayer) => {
+        const probabilities = rowsOfLayer[row], best = argmax(probabilities), p = probabilities[best];
+        const token = VOCABULARY[best], top = descending(probabilities).slice(0, 3);
+        return make("td", {title: top.map((id) => `${VOCABULARY[id]} ${percent(probabilities[id])}`).join(", "),
+                           style: `--p:${p.toFixed(3)}`, "data-token": token, "data-probability": p},
+          make("code", {}, token), ideal?.has(token) ? make("sup", {}, "✓") : "", make("small", {}, percent(p)));
+      })))));
 }
 
 // ====================================================================================================================
 // THE SOURCE CODE: each view shows the functions that do what it shows
 // ====================================================================================================================
 
-const shortName = (name) => name.replace(/\.forward$/, "");
 const camelCase = (name) => name.replace(/_([a-z])/g, (_, letter) => letter.toUpperCase());
 
 function drawSources() {
@@ -714,25 +734,28 @@ function drawSources() {
     const names = box.dataset.source.split(/\s+/);
     let file = state.model;
     if (!names.some((name) => DATA.sources[file][name])) file = "decoder_only";  // encoder_only.py doesn't sample
-    box.replaceChildren("Code: ", ...names.filter((name) => DATA.sources[file][name]).map((name) =>
-      make("button", {className: "link", "data-name": name, onclick: () => showSource(file, name)},
-        `${DATA.models[file].file} ${shortName(name)}`)));
+    const found = names.filter((name) => DATA.sources[file][name]);
+    box.replaceChildren(`Code in ${DATA.models[file].file}:`, ...found.map((name) => make("button", {
+      className: "link", "data-name": name, onclick: () => showSource(file, name)}, name.replace(/\.forward$/, ""))));
   });
 }
 
-// The twin in transformer.js: KeepTopK for keep_top_k, multiHeadAttention for MultiHeadAttention.forward.
-function findTwin(name) {
-  const [first, last] = name.split("."), base = !last ? first : last === "forward" ? first[0].toLowerCase() + first.slice(1) : last;
-  const twin = {chooseTokens: "chooseToken", decoderLayer: state.model === "decoder_only" ? "encoderLayer" : "decoderLayer",
-                encode: state.model === "encoder_only" ? "encoderOnlyTransformer" : "encode"}[camelCase(base)] ?? camelCase(base);
+// The twin in transformer.js: keepTopK for keep_top_k, multiHeadAttention for MultiHeadAttention.forward.
+function findTwin(file, name) {
+  const [first, last] = name.split(".");
+  const base = last === "forward" ? first[0].toLowerCase() + first.slice(1) : camelCase(last ?? first);
+  const renamed = {chooseTokens: "chooseToken",                        // one text instead of a batch
+                   "decoder_only decoderLayer": "encoderLayer",        // the same two lines
+                   "encoder_only encode": "encoderOnlyTransformer"};
+  const twin = renamed[base] ?? renamed[`${file} ${base}`] ?? base;
   return $("transformer-js").textContent.match(
     new RegExp(`(?:^//[^\\n]*\\n)*^(?:function ${twin}\\(.*?^}|const ${twin} = .*?;$)`, "ms"))?.[0];
 }
 
 function showSource(file, name) {
-  const {line, code} = DATA.sources[file][name], twin = findTwin(name);
-  const versions = {Python: [`${DATA.models[file].file}, line ${line}: ${name}`, code],
-                    ...twin ? {JavaScript: [`transformer.js: ${twin.match(/(?:function|const) (\w+)/)[1]}`, twin]} : {}};
+  const {line, code} = DATA.sources[file][name], twin = findTwin(file, name);
+  const versions = {Python: [`${DATA.models[file].file}, line ${line}: ${name}`, code]};
+  if (twin) versions.JavaScript = [`transformer.js: ${twin.match(/(?:function|const) (\w+)/)[1]}`, twin];
   const show = (language) => {
     [$("source-title").textContent, $("code").textContent] = versions[language];
     $("languages").replaceChildren(...Object.keys(versions).map((other) => make("button", {
@@ -769,7 +792,8 @@ async function selfTest() {
     $("selftest-title").textContent = `${inputs} inputs …`;
     await new Promise((resolve) => setTimeout(resolve));
   }
-  $("selftest-title").textContent = `${inputs} inputs, ${same} answers the same, logits differ by at most ${largest.toExponential(1)}`;
+  $("selftest-title").textContent = `${inputs} inputs: ${same} answers are the same, and logits differ by at most `
+    + `${largest.toExponential(1)}.`;
   $("selftest").textContent = JSON.stringify({largest_difference: largest, same_answers: same === inputs, inputs});
 }
 
@@ -789,13 +813,13 @@ function readAddress() {
   if (MODELS.includes(address.get("model"))) state.model = address.get("model");
   if (VIEWS.includes(address.get("view"))) state.view = address.get("view");
   if (address.has("number")) Object.assign(state, {number: address.get("number"), text: null});
-  if (address.has("text")) state.text = address.get("text");
+  if (address.has("text")) Object.assign(state, {text: address.get("text"), original: null});
   state.temperature = numberOf("temperature", 0);
   state.topK = address.has("top_k") ? Math.round(numberOf("top_k", VOCABULARY.length)) : null;
   state.topP = address.has("top_p") ? numberOf("top_p", 1) : null;
   state.seed = Math.round(numberOf("seed", 1));
-  const parts = new Set(listParts().flatMap(([, , row]) => row.map(([part]) => part)));
-  state.off[state.model] = new Set((address.get("off") ?? "").split(",").filter((part) => parts.has(part)));
+  const wanted = (address.get("off") ?? "").split(",");
+  state.off[state.model] = new Set(allParts().filter((part) => wanted.includes(part)));
   drawModel();
 }
 
@@ -820,6 +844,7 @@ function drawModel() {
   MODELS.forEach((name) => markTab($(`model-${name}`), name === state.model));
   $("task").textContent = TASKS[state.model];
   const isEncoder = state.model === "encoder_only";
+  $("tab-next").textContent = isEncoder ? "Masked token" : "Next token";
   $("input-label").textContent = isEncoder ? "Number or text" : "Number";
   $("input").value = isEncoder && state.text !== null ? state.text : state.number;
   $("input").inputMode = isEncoder ? "text" : "numeric";
@@ -828,13 +853,14 @@ function drawModel() {
     ? ["90210 <SEP> ninety <MASK> two hundred ten", "<MASK> <MASK> <MASK> <SEP> seven hundred seventeen",
        "3 <MASK> 2 <SEP> three hundred <MASK> two"]
     : ["7", "342", "90210", "600006"];
-  $("examples").replaceChildren("Try ", ...examples.map((text) => make("button", {className: "link", onclick: () => ask(text)},
-    text.replaceAll("<MASK>", "_").replace("<SEP>", "="))), make("button", {className: "link", id: "held-out",
-    onclick: () => ask(String(DATA.heldOut[Math.floor(Math.random() * DATA.heldOut.length)][0]))}, "a held-out number"));
+  const link = (label, getText) => make("button", {className: "link", onclick: () => ask(getText())}, label);
+  $("examples").replaceChildren("Try ",
+    ...examples.map((text) => link(text.replaceAll("<MASK>", "_").replace("<SEP>", "="), () => text)),
+    link("a held-out number", () => String(DATA.heldOut[Math.floor(Math.random() * DATA.heldOut.length)][0])));
   const {parameters, constants, origin, exact_match, file} = DATA.models[state.model];
   $("facts").textContent = `${file}: ${parameters.toLocaleString("en")} parameters, ${constants.NUM_LAYERS} layers of `
-    + `${constants.NUM_HEADS} heads, ${origin}. PyTorch measured ${percent(exact_match)} exact match on validation numbers`
-    + (isEncoder ? " with one masked token each." : ".");
+    + `${constants.NUM_HEADS} heads, ${origin}. PyTorch measured ${percent(exact_match)} exact match on validation `
+    + "numbers" + (isEncoder ? " with one masked token each." : ".");
   measuring = null;
   endMeasuring();
   drawSources();
@@ -856,7 +882,8 @@ function markTab(tab, isSelected) {
 
 function drawView() {
   if (!current) return;
-  ({attention: drawAttention, next: drawNext, switch: drawSwitches, change: drawChange, layers: drawLayers})[state.view]();
+  const draw = {attention: drawAttention, next: drawNext, switch: drawSwitches, change: drawChange, layers: drawLayers};
+  draw[state.view]();
 }
 
 // Something was typed or chosen. In the encoder-only tab a number is taken with its middle word masked.
@@ -872,26 +899,12 @@ function typed() {
   } else {
     Object.assign(state, {number: text, text: null, original: null});
   }
-  rememberOriginal();
   update();
-}
-
-// Which token stood at each hole, so that a second click brings it back: known where a number was typed.
-function rememberOriginal() {
-  if (state.text !== null || !/^[0-9]+$/.test(state.number)) return;
-  try {
-    const number = parseNumber(RULES, state.number);
-    state.original = [...String(number), "<SEP>", ...numberToWords(RULES, number)];
-  } catch (error) {
-    if (!(error instanceof InputError)) throw error;
-  }
 }
 
 function setSettings(changes) {
   Object.assign(state, changes);
-  const {selected} = state;
   update({keepShown: true});
-  state.selected = selected;
 }
 
 function openView(name) { state.view = name; drawTabs(); writeAddress(); drawView(); }
@@ -911,10 +924,10 @@ function makeTabs(names, prefix, open) {
   });
 }
 
-makeTabs(MODELS, "model-", (name) => { state.model = name; rememberOriginal(); drawModel(); });
+makeTabs(MODELS, "model-", (name) => { state.model = name; drawModel(); });
 makeTabs(VIEWS, "tab-", openView);
 $("input").oninput = typed;
-$("back").onclick = () => { stopPlaying(); showTokens(Math.min(state.shown, current.slots.length - current.numGiven) - 1); };
+$("back").onclick = () => { stopPlaying(); showTokens(Math.min(state.shown, numTokens()) - 1); };
 $("step").onclick = () => { stopPlaying(); showTokens(state.shown + 1); };
 $("play").onclick = play;
 $("temperature").oninput = (event) => setSettings({temperature: Number(event.target.value)});
@@ -929,12 +942,11 @@ $("top-p").oninput = (event) => {
 $("sample").onclick = () => setSettings({seed: state.seed + 1});
 $("all-on").onclick = () => { state.off[state.model].clear(); update(); };
 $("measure").onclick = () => measure([new Set(), new Set(state.off[state.model])]);
-$("measure-each").onclick = () => measure([new Set(), ...listParts().flatMap(([, , row]) => row.map(([part]) => new Set([part])))]);
+$("measure-each").onclick = () => measure([new Set(), ...allParts().map((part) => new Set([part]))]);
 $("replacement").onchange = (event) => { state.replacement = Number(event.target.value); drawView(); };
 $("run-selftest").onclick = selfTest;
 $("close").onclick = () => $("source").close();
 $("source").onclick = (event) => { if (event.target === $("source")) $("source").close(); };  // outside of its content
 window.onhashchange = readAddress;
 matchMedia("(prefers-color-scheme: dark)").onchange = () => { heat = null; drawView(); };
-rememberOriginal();
 readAddress();
