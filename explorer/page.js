@@ -525,22 +525,26 @@ const measured = Object.fromEntries(MODELS.map((name) => [name, {}]));
 const keyOf = (off) => [...off].sort().join(",");
 
 function drawSwitches() {
-  const off = state.off[state.model], focused = document.activeElement?.dataset.part;
+  const off = state.off[state.model], buttons = () => [...$("parts").querySelectorAll("button")];
+  const focused = buttons().indexOf(document.activeElement);
   let title = null;
   $("parts").replaceChildren(...listParts().flatMap(([layer, name, parts]) => {
     const heading = layer === title ? [] : [make("h3", {}, layer)];
     title = layer;
-    return [...heading, make("div", {className: "row"}, make("span", {}, name), make("div", {className: "switches"},
+    const names = parts.map(([part]) => part), all = `${layer}, ${name}: switch all ${parts.length}`;
+    return [...heading, make("div", {className: "row"}, make("button", {
+      className: "link", "aria-label": all, title: all, onclick: () => toggleParts(names),
+    }, name), make("div", {className: "switches"},
       ...parts.map(([part, label]) => {
         const share = measured[state.model][part];
         return make("button", {className: "switch", "aria-pressed": String(!off.has(part)), "data-part": part,
                                "aria-label": `${layer}, ${name}, ${label}: ${off.has(part) ? "off" : "on"}`,
-                               onclick: () => togglePart(part)}, label,
+                               onclick: () => toggleParts([part])}, label,
           share === undefined ? "" : make("small", {className: "share", title: "exact match without this part",
                                                     style: `--p:${share}`}, percent(share)));
       })))];
   }));
-  if (focused) $("parts").querySelector(`[data-part="${focused}"]`)?.focus();
+  buttons()[focused]?.focus();
   $("all-on").disabled = off.size === 0;
   $("compare").replaceChildren(...comparison(off));
   $("measure-title").textContent = `${DATA.heldOut.length} held-out numbers`;
@@ -556,9 +560,10 @@ function drawSwitches() {
 const describeParts = (off) => listParts().flatMap(([layer, name, parts]) => parts.filter(([part]) => off.has(part))
   .map(([, label]) => [layer.toLowerCase(), ...name === "cross-attention" ? [name] : [], label].join(" "))).join(", ");
 
-function togglePart(part) {
-  const off = state.off[state.model];
-  if (!off.delete(part)) off.add(part);
+// One part, or a whole row of heads: on if all of them are off.
+function toggleParts(parts) {
+  const off = state.off[state.model], allOff = parts.every((part) => off.has(part));
+  parts.forEach((part) => allOff ? off.delete(part) : off.add(part));
   update();
 }
 
@@ -678,8 +683,8 @@ function drawChange() {
     onColumn: (s) => { Object.assign(state, {changed: s, replacement: null}); drawView();
                        document.querySelector(`#influence [data-column="${s}"]`)?.focus(); }});
   $("influence-note").textContent = (state.model === "encoder_only" ? "Rows: the output at each token. " :
-    "Rows: the output that predicts this token. ") + "Columns: the input token that is replaced by the next one of its "
-    + "kind; choose one. Moves by: total variation distance.";
+    "Rows: the output that predicts this token. ") + "Columns: the input token that is replaced by a neighbor of its "
+    + "kind; click one. How far an output moves is the total variation distance between its distributions.";
 
   $("replacement-label").replaceChildren("Replace ", make("code", {}, columns[chosen]), ` (token ${chosen + 1}) by`);
   $("replacement").replaceChildren(...candidates[chosen].map((id) =>

@@ -22,7 +22,7 @@ def main():
         sys.exit(f"Needs an installed Chromium or Chrome, and {PAGE}: python explorer/build.py writes it.")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": 1120, "height": 700}, device_scale_factor=1.5)
+        page = browser.new_page(viewport={"width": 1120, "height": 700}, device_scale_factor=1.25)
         page.goto(f"{PAGE.as_uri()}#{ADDRESS}")
         page.wait_for_selector("#map .cell")
         page.screenshot(path=PICTURE, full_page=True)

@@ -458,6 +458,18 @@ def test_a_head_switched_off_changes_the_answer_and_is_measured_on_held_out_numb
     assert answer_of(page) == python_answer(models["decoder_only"], 777777)
 
 
+def test_without_cross_attention_the_answer_does_not_depend_on_the_number(visit):
+    page = visit("model=encoder_decoder&number=342&view=switch")
+    for name in page.query_selector_all(".row > .link"):
+        if name.inner_text() == "cross-attention":
+            name.evaluate("(button) => button.click()")
+    assert page.evaluate("state.off.encoder_decoder.size") == 8
+    said = answer_of(page)
+    for number in NUMBERS:
+        page.fill("#input", str(number))
+        assert answer_of(page) == said
+
+
 def test_each_part_can_be_measured_alone_and_the_measurement_stopped(visit):
     page = visit("model=encoder_only&number=342&view=switch")
     page.evaluate("DATA.heldOut.length = 4")
