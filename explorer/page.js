@@ -365,7 +365,12 @@ function drawAttention() {
   const {layer, head} = state.head[state.model] ?? {layer: 0, head: 0};
   $("groups").replaceChildren(...Object.keys(groups).length < 2 ? [] : Object.keys(groups).map((name) =>
     make("button", {"aria-pressed": String(name === group),
-                    onclick: () => { state.group[state.model] = name; state.row = null; drawView(); }}, name)));
+                    onclick: () => {
+      state.group[state.model] = name;
+      state.row = null;
+      writeAddress();
+      drawView();
+    }}, name)));
   $("heads").style.setProperty("--heads", Math.min(getModel().constants.NUM_HEADS, 8));
   $("heads").replaceChildren(...groups[group].flatMap((name, i) => [make("h3", {}, `Layer ${i + 1}`),
     ...attention.get(name).map((weights, h) => {
@@ -375,6 +380,7 @@ function drawAttention() {
         "data-head": `${i}.${h}`, "aria-label": `layer ${i + 1}, head ${h + 1}${off ? ", switched off" : ""}`,
         onclick: () => {
           state.head[state.model] = {layer: i, head: h};
+          writeAddress();
           drawView();
           $("heads").querySelector(`[data-head="${i}.${h}"]`).focus();
         },
@@ -823,6 +829,10 @@ function readAddress() {
   state.topK = address.has("top_k") ? Math.round(numberOf("top_k", VOCABULARY.length)) : null;
   state.topP = address.has("top_p") ? numberOf("top_p", 1) : null;
   state.seed = Math.round(numberOf("seed", 1));
+  const {NUM_LAYERS, NUM_HEADS} = getModel().constants;
+  const [, layer, head] = /^([1-9]\d*)[.]([1-9]\d*)$/.exec(address.get("head")) ?? [];
+  state.head[state.model] = layer <= NUM_LAYERS && head <= NUM_HEADS ? {layer: layer - 1, head: head - 1} : null;
+  state.group[state.model] = Object.keys(attentionGroups()).find((name) => name === address.get("group")) ?? null;
   const wanted = (address.get("off") ?? "").split(",");
   state.off[state.model] = new Set(allParts().filter((part) => wanted.includes(part)));
   drawModel();
@@ -837,6 +847,9 @@ function writeAddress() {
   if (state.topK) address.set("top_k", state.topK);
   if (state.topP) address.set("top_p", state.topP);
   if (state.seed > 1) address.set("seed", state.seed);
+  const {layer, head} = state.head[state.model] ?? {layer: 0, head: 0};
+  if (layer || head) address.set("head", `${layer + 1}.${head + 1}`);
+  if (state.group[state.model]) address.set("group", state.group[state.model]);
   if (state.off[state.model].size) address.set("off", keyOf(state.off[state.model]));
   const hash = address.toString().replaceAll("%2C", ",");
   if (!location.hash.startsWith("#selftest")) history.replaceState(null, "", `#${hash}`);

@@ -577,8 +577,14 @@ def test_the_address_opens_the_page_where_it_was_left(models, visit):
     page.click("#sample")
     page.click("#tab-switch")
     page.click('[data-part="decoder.1.feed_forward"]')
+    page.click("#tab-attention")
+    page.click("#groups button:nth-child(2)")
+    page.click('[data-head="1.3"]')
     again = visit(page.url.partition("#")[2])
-    assert answer_of(again) == answer_of(page) and again.is_visible("#view-switch")
+    assert answer_of(again) == answer_of(page) and again.inner_text("#head-title") == "Layer 2, head 4"
+    assert again.inner_text("#groups [aria-pressed=true]") == "decoder self-attention"
+    again.click("#tab-switch")
+    page.click("#tab-switch")
     assert again.get_attribute('[data-part="decoder.1.feed_forward"]', "aria-pressed") == "false"
     assert again.url == page.url
     again.evaluate("location.hash = 'model=decoder_only&number=42'")
@@ -587,33 +593,36 @@ def test_the_address_opens_the_page_where_it_was_left(models, visit):
 
 
 def test_an_address_that_makes_no_sense_opens_the_page_all_the_same(visit):
-    page = visit("model=mamba&number=342&view=&temperature=-1&top_k=x&top_p=7&seed=&off=everything")
+    page = visit("model=mamba&number=342&view=&temperature=-1&top_k=x&top_p=7&seed=&off=everything&head=9.9&group=x")
     assert answer_of(page) and page.is_visible("#view-attention")
 
 
 # --- bad input, keyboards, small screens, screen readers ---
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("decoder_only", "", "Type a number"),
-    ("decoder_only", "12a", "not a number"),
-    ("decoder_only", "3 <MASK> 2", "can't fill in holes"),
-    ("encoder_decoder", "007", "leading zero"),
-    ("encoder_decoder", "1234567", "too long"),
-    ("encoder_only", "", "Type a number"),
-    ("encoder_only", "342 <SEP> three hundred fourty two", "not in the vocabulary"),
-    ("encoder_only", "342 <MASK> three", "Write digits, <SEP>, then words"),
-    ("encoder_only", "3 <SEP> <SEP> three", "Write digits"),
-    ("encoder_only", "12345678 <SEP> <MASK>", "too many"),
-    ("encoder_only", "1 <SEP>" + 40 * " <MASK>", "too many"),
-])
-def test_bad_input_gets_one_line_and_the_page_goes_on(name, text, message, visit):
+BAD_INPUT = {
+    "decoder_only": {"": "Type a number", "12a": "not a number", "3 <MASK> 2": "can't fill in holes"},
+    "encoder_decoder": {"007": "leading zero", "1234567": "too long"},
+    "encoder_only": {
+        "": "Type a number",
+        "342 <SEP> three hundred fourty two": "not in the vocabulary",
+        "342 <MASK> three": "Write digits, <SEP>, then words",
+        "3 <SEP> <SEP> three": "Write digits",
+        "12345678 <SEP> <MASK>": "too many",
+        "1 <SEP>" + 40 * " <MASK>": "too many",
+    },
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_gets_one_line_and_the_page_goes_on(name, visit):
     page = visit(f"model={name}&number=342")
-    page.fill("#input", text)
-    said = page.inner_text("#message")
-    assert message in said and "\n" not in said and answer_of(page) == ""
+    for text, message in BAD_INPUT[name].items():
+        page.fill("#input", text)
+        said = page.inner_text("#message")
+        assert message in said and "\n" not in said and answer_of(page) == ""
     for view in VIEWS:
-        page.click(f"#tab-{view}")
+        page.click(f"#tab-{view}")  # nothing to show, and no error
     page.fill("#input", "7")
     assert page.inner_text("#message") == "" and answer_of(page)
 
