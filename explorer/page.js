@@ -404,7 +404,7 @@ function drawAttention() {
     `${rows[t]} attends to ${columns[s]}: ${percent(weights[t][s])}`});
   $("map-note").textContent = group === "cross-attention"
     ? "Rows: the token being predicted. Columns: the digits that it attends to."
-    : "Rows attend to columns. Point at a token on the left.";
+    : "Rows attend to columns. Point at a row to see its weights.";
   showRow(Math.min(state.row ?? (group === "encoder self-attention" ? 0 : selectedSlot()?.row ?? 0), rows.length - 1));
 }
 
@@ -449,12 +449,12 @@ const NUM_BARS = 10;
 
 function drawNext() {
   $("temperature").value = state.temperature;
-  $("temperature-value").textContent = state.temperature ? state.temperature.toFixed(1) : "0: greedy, always the top";
+  $("temperature-value").textContent = state.temperature ? state.temperature.toFixed(1) : "0 (greedy)";
   $("top-k").max = VOCABULARY.length;
   $("top-k").value = state.topK ?? VOCABULARY.length;
-  $("top-k-value").textContent = state.topK ?? "all";
+  $("top-k-value").textContent = state.topK ?? "off";
   $("top-p").value = state.topP ?? 1;
-  $("top-p-value").textContent = state.topP?.toFixed(2) ?? "1: all";
+  $("top-p-value").textContent = state.topP?.toFixed(2) ?? "off";
   $("top-k").disabled = $("top-p").disabled = $("sample").disabled = state.temperature === 0;
   $("sample-note").textContent = state.temperature === 0 ? "Greedy decoding is deterministic: raise the temperature to "
     + "sample." : `Sample ${state.seed}.`;
@@ -471,7 +471,7 @@ function drawNext() {
   const order = descending(logits).filter((id) => scaled[id] > 0), cut = order.filter((id) => final[id] === 0)
     .reduce((sum, id) => sum + scaled[id], 0);
   $("next-title").replaceChildren(...describeSlot(slot));
-  $("bars-model").textContent = state.temperature ? `at ${state.temperature.toFixed(1)}` : "model";
+  $("bars-model").textContent = `T = ${state.temperature ? state.temperature.toFixed(1) : 1}`;
   $("bars").replaceChildren(...order.slice(0, NUM_BARS).map((id) => {
     const token = VOCABULARY[id], ideal = slot.ideal?.get(token) ?? 0;
     const best = ideal ? `; the best prediction: ${percent(ideal)}` : "";
@@ -838,7 +838,16 @@ function readAddress() {
   drawModel();
 }
 
+// The address follows a moment later: browsers refuse a hundred changes in a row, which a dragged slider soon makes.
+let addressTimer = null;
 function writeAddress() {
+  clearTimeout(addressTimer);
+  addressTimer = setTimeout(() => {
+    if (!location.hash.startsWith("#selftest")) history.replaceState(null, "", `#${describeState()}`);
+  }, 150);
+}
+
+function describeState() {
   const address = new URLSearchParams({model: state.model});
   if (state.model === "encoder_only" && state.text !== null) address.set("text", state.text);
   else address.set("number", state.number);
@@ -851,8 +860,7 @@ function writeAddress() {
   if (layer || head) address.set("head", `${layer + 1}.${head + 1}`);
   if (state.group[state.model]) address.set("group", state.group[state.model]);
   if (state.off[state.model].size) address.set("off", keyOf(state.off[state.model]));
-  const hash = address.toString().replaceAll("%2C", ",");
-  if (!location.hash.startsWith("#selftest")) history.replaceState(null, "", `#${hash}`);
+  return address.toString().replaceAll("%2C", ",");
 }
 
 // Everything that depends on which model is shown.

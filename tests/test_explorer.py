@@ -444,7 +444,8 @@ def test_a_head_switched_off_changes_the_answer_and_is_measured_on_held_out_numb
 
     page = visit("model=decoder_only&number=777777&view=switch")
     page.click(f'[data-part="{part}"]')
-    assert page.get_attribute(f'[data-part="{part}"]', "aria-pressed") == "false" and f"off={part}" in page.url
+    assert page.get_attribute(f'[data-part="{part}"]', "aria-pressed") == "false"
+    wait_until(page, f"location.hash.includes('off={part}')")
     assert answer_of(page) == python_answer(broken, 777777) != python_answer(models["decoder_only"], 777777)
     page.evaluate("""() => { window.seen = []; new MutationObserver(() => seen.push($("measure-note").textContent))
         .observe($("measure-note"), {childList: true}); }""")
@@ -580,11 +581,14 @@ def test_the_address_opens_the_page_where_it_was_left(models, visit):
     page.click("#tab-attention")
     page.click("#groups button:nth-child(2)")
     page.click('[data-head="1.3"]')
+    wait_until(page, "location.hash.includes('head=2.4')")
     again = visit(page.url.partition("#")[2])
     assert answer_of(again) == answer_of(page) and again.inner_text("#head-title") == "Layer 2, head 4"
     assert again.inner_text("#groups [aria-pressed=true]") == "decoder self-attention"
     again.click("#tab-switch")
     page.click("#tab-switch")
+    wait_until(page, "location.hash.includes('view=switch')")
+    wait_until(again, "location.hash.includes('view=switch')")
     assert again.get_attribute('[data-part="decoder.1.feed_forward"]', "aria-pressed") == "false"
     assert again.url == page.url
     again.evaluate("location.hash = 'model=decoder_only&number=42'")
