@@ -563,8 +563,11 @@ function drawSwitches() {
     : "Counted as correct if every word of the name is.";
 }
 
-const describeParts = (off) => listParts().flatMap(([layer, name, parts]) => parts.filter(([part]) => off.has(part))
-  .map(([, label]) => [layer.toLowerCase(), ...name === "cross-attention" ? [name] : [], label].join(" "))).join(", ");
+// "layer 1 self-attention head 2, layer 2 feed-forward"; a row that is off as a whole is named as a whole.
+const describeParts = (off) => listParts().flatMap(([layer, name, parts]) => {
+  const these = parts.filter(([part]) => off.has(part)), row = `${layer.toLowerCase()} ${name}`;
+  return these.length === parts.length ? [row] : these.map(([, label]) => `${row} ${label}`);
+}).join(", ");
 
 // One part, or a whole row of heads: on if all of them are off.
 function toggleParts(parts) {
