@@ -169,6 +169,17 @@ def test_build_trains_what_has_no_checkpoint_and_prints_where_the_page_is(tmp_pa
 # --- the engine: the same numbers as PyTorch ---
 
 
+def test_the_engine_has_the_names_and_the_order_of_the_python_files():
+    source = (ROOT / "explorer" / "transformer.js").read_text(encoding="utf-8")
+    defined = re.findall(r"^(?:function|class|const) (\w+)", source, flags=re.MULTILINE)
+    for module in MODULES:
+        names = re.findall(r"^(?:class|def) (\w+)", (ROOT / f"{module.__name__}.py").read_text(), flags=re.MULTILINE)
+        camel_case = [re.sub(r"_(\w)", lambda match: match[1].upper(), name[0].lower() + name[1:]) for name in names]
+        shared = [name for name in camel_case if name in defined]
+        assert {"positionalEncoding", "scaledDotProductAttention", "multiHeadAttention", "feedForward"} < set(shared)
+        assert shared == sorted(shared, key=defined.index)
+
+
 def test_the_self_test_finds_the_logits_and_the_answers_of_pytorch(visit):
     page = visit("selftest")
     wait_until(page, "document.getElementById('selftest').textContent")
