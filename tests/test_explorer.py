@@ -470,6 +470,17 @@ def test_a_head_switched_off_changes_the_answer_and_is_measured_on_held_out_numb
     assert answer_of(page) == python_answer(models["decoder_only"], 777777)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_answer_counts_as_correct_where_evaluate_counts_it(name, models, visit):
+    numbers, module = toy_dataset.make_splits().test[: build.NUM_HELD_OUT], MODULES[NAMES.index(name)]
+    make_example = {encoder_only: build.mask_one, decoder_only: toy_dataset.decoder_only_example,
+                    encoder_decoder: toy_dataset.encoder_decoder_example}[module]
+    batch = toy_dataset.pad_batch([make_example(number) for number in numbers])
+    mistakes = module.evaluate(models[name], [batch])["mistakes"]
+    found = visit().evaluate(f"DATA.heldOut.map((example) => isCorrect(getModel('{name}'), new Set(), example))")
+    assert [i for i, right in enumerate(found) if not right] == mistakes and 0 < len(mistakes) < len(numbers)
+
+
 def test_without_cross_attention_the_answer_does_not_depend_on_the_number(visit):
     page = visit("model=encoder_decoder&number=342&view=switch")
     for name in page.query_selector_all(".row > .link"):
@@ -658,8 +669,8 @@ def test_the_keyboard_alone_is_enough(visit):
     assert page.is_visible("#view-switch")
     page.focus('[data-part="decoder.0.feed_forward"]')
     page.keyboard.press("Space")
-    wait_until(page, "document.activeElement.dataset.part === 'decoder.0.feed_forward'")  # the focus stays
-    assert page.evaluate("document.activeElement.getAttribute('aria-pressed')") == "false"
+    wait_until(page, "document.querySelector('[data-part=\"decoder.0.feed_forward\"]').ariaPressed === 'false'")
+    assert page.evaluate("document.activeElement.dataset.part") == "decoder.0.feed_forward"  # the focus stays
 
 
 @pytest.mark.parametrize("name", NAMES)
