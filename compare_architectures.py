@@ -526,10 +526,9 @@ def compare_beam(models: dict[str, list]) -> list[dict]:
                                   f"beam width {BEAM_WIDTH}": partial(search, trained[0], few, BEAM_WIDTH)})
         runs = {method: [] for method in times}
         for model in trained:
-            _, greedy_log_probs = search(model, numbers, 1)
-            for method, width in zip(runs, (1, BEAM_WIDTH)):
-                texts, log_probs = search(model, numbers, width)
-                gains = log_probs - greedy_log_probs
+            results = [search(model, numbers, width) for width in (1, BEAM_WIDTH)]
+            for method, (texts, log_probs) in zip(runs, results):
+                gains = log_probs - results[0][1]
                 runs[method].append({"exact": score(texts, names)["sequence_accuracy"],
                                      "log_probability": log_probs.mean().item(),
                                      "likelier": (gains > 1e-4).float().mean().item(),  # 1e-4: rounding
@@ -632,17 +631,18 @@ def guide_sentences(found: dict) -> list[str]:
 # ======================================================================================================
 
 
-def percent(values: list[float]) -> tuple[str, str]:
+def percent(shares: list[float]) -> tuple[float, str]:
     """Mean and range over the seeds, in percent."""
-    return f"{100 * statistics.fmean(values):.2f}", f"{100 * min(values):.2f}-{100 * max(values):.2f}"
+    return 100 * statistics.fmean(shares), f"{100 * min(shares):.2f}-{100 * max(shares):.2f}"
 
 
 def show(heading: str, columns: str, rows: list[tuple]) -> None:
     """Print a table under its heading, in lines of at most 100 columns: words to the left, numbers to the right."""
     print("\n" + textwrap.fill(heading, 98, break_on_hyphens=False) + "\n")
     columns = ["", *columns.split()]
-    widths = [max(map(len, column)) for column in zip(columns, *rows)]
-    for row in [columns, *rows]:
+    rows = [columns] + [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
         print("  " + "  ".join(cell.ljust(width) if column in ("", "choice", "verdict") else cell.rjust(width)
                                for cell, width, column in zip(row, widths, columns)).rstrip())
 
@@ -652,11 +652,9 @@ def show_measurements(found: dict) -> None:
     show(f"THE TABLE: {NUM_SEEDS} seeds, tested on {NUM_TESTED:,} held-out numbers (generate: {NUM_SAMPLES} samples, "
          f"top-p {TOP_P}). exact: exact match in percent, mean and range over the seeds (generate: valid samples, in "
          "which digits and words agree). train: seconds. ms, passes: latency of one answer at batch size 1, and passes "
-         "through a stack of layers. *: the architecture's native task.",
-         "exact range parameters train ms passes",
+         "through a stack of layers. *: the architecture's native task.", "exact range parameters train ms passes",
          [(entry["name"] + " *" * entry["native"], *percent(entry["by_seed"]["sequence_accuracy"]),
-           f"{entry['parameters']:,}", f"{entry['train_seconds']:.1f}", f"{entry['ms_per_answer']:.2f}",
-           f"{entry['forward_passes']:.1f}")
+           f"{entry['parameters']:,}", entry["train_seconds"], entry["ms_per_answer"], entry["forward_passes"])
           for entry in [*found["cells"], found["after_reading"]]])
     wall = found["wall"]
     names = {"ceiling": "optimal causal tagger (expected)", "causal": "decoder-only, while reading",
@@ -670,21 +668,18 @@ def show_measurements(found: dict) -> None:
           for key, name in names.items()])
     show(f"STRATEGIES: decoder-only, {NUM_SAMPLES} held-out numbers to name and {NUM_SAMPLES} unconditional samples "
          "per seed. named: exact match. Of the samples: distinct (different texts), valid, new (valid, distinct, and "
-         "not a training number). ms: of one name in a batch.",
-         "named range distinct valid new range ms",
-         [(row["strategy"], *percent(row["by_seed"]["named"]), f"{100 * row['distinct']:.1f}",
-           f"{100 * row['valid']:.1f}", *percent(row["by_seed"]["new"]), f"{row['ms_per_answer']:.2f}")
-          for row in found["strategies"]])
+         "not a training number). ms: of one name in a batch.", "named range distinct valid new range ms",
+         [(row["strategy"], *percent(row["by_seed"]["named"]), 100 * row["distinct"], 100 * row["valid"],
+           *percent(row["by_seed"]["new"]), row["ms_per_answer"]) for row in found["strategies"]])
     show(f"BEAM SEARCH: encoder-decoder, {NUM_SAMPLES} held-out numbers. The undertrained model has seen "
          f"{UNDERTRAINED:,} training numbers once. likelier, less: share of the texts whose log-probability is higher, "
          "or lower, than that of greedy's text. log-p: its mean. ms: of one name in a batch.",
          "exact range log-p likelier less ms",
          [(f"{row['model']}, {row['method']}", *percent(row["by_seed"]["exact"]), f"{row['log_probability']:.4f}",
-           f"{100 * row['likelier']:.1f}", f"{100 * row['less_likely']:.1f}", f"{row['ms_per_answer']:.2f}")
-          for row in found["beam"]])
+           100 * row["likelier"], 100 * row["less_likely"], row["ms_per_answer"]) for row in found["beam"]])
     show("KV CACHE: milliseconds for one more token at batch size 1, by the number of tokens so far.",
          "cached recomputed ratio cache-kB",
-         [(f"{length:,} tokens", f"{cached:.2f}", f"{recomputed:.2f}", f"{recomputed / cached:.1f}", f"{size:,.0f}")
+         [(f"{length:,} tokens", cached, recomputed, recomputed / cached, f"{size:,.0f}")
           for length, cached, recomputed, size in zip(*found["kv_cache"].values())])
 
 
@@ -694,7 +689,7 @@ def show_guide(found: dict) -> None:
          f"unless their ranges are disjoint and their means at least {100 * MARGIN:g} apart. The best choice is the "
          "fastest of those equal to the most accurate; if several are about as fast, the first.",
          "choice mean range ms verdict",
-         [(question, choice, *percent(accuracies), f"{ms:.2f}", verdict)
+         [(question, choice, *percent(accuracies), ms, verdict)
           for question, choice, accuracies, ms, verdict in decision_table(found)])
     print()
     for sentence in guide_sentences(found):
@@ -728,20 +723,6 @@ def save(found: dict) -> None:
     temporary = COMPARISON.with_name(COMPARISON.name + ".tmp")
     temporary.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(temporary, COMPARISON)
-
-
-def load() -> dict:
-    """The numbers in COMPARISON. Raises FileNotFoundError if there are none, and InputError if the file is damaged or
-    something that they depend on has changed."""
-    try:
-        found = json.loads(COMPARISON.read_text())
-        constants = dict(found["constants"])
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{COMPARISON} is damaged.") from None
-    for name, today in all_constants().items():
-        if constants.get(name) != today:
-            raise InputError(f"{COMPARISON.name} was measured with {name} = {constants.get(name)}, now it is {today}.")
-    return found
 
 
 def compare() -> dict:
