@@ -201,8 +201,18 @@ def test_a_training_is_decided_by_its_seed_alone(monkeypatch, few_numbers):
     for seed, noise in [(0, 5), (0, 6), (1, 5)]:
         torch.manual_seed(noise)
         model, _ = compare.train_cell(cell, seed, NO_BAR, num_epochs=1)
+        assert not model.training
         weights.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_each_seed_has_its_own_order_of_the_training_numbers(monkeypatch, few_numbers):
+    orders = []
+    monkeypatch.setattr(decoder_only, "train", lambda model, loaders, *_, **__: orders.append(
+        [batch["ids"].tolist() for batch in loaders.train]))
+    for seed in (0, 1):
+        compare.train_cell(BY_NAME["decoder-only, generate"], seed, NO_BAR)
+    assert orders[0] != orders[1]
 
 
 def test_different_values_of_SEED_share_no_training_run(tmp_path):
@@ -324,10 +334,12 @@ def test_unconditional_samples_differ_and_follow_the_seed(name, untrained):
 def test_filled_texts_have_no_mask_left_and_lengths_of_training_numbers(untrained):
     torch.manual_seed(0)
     shapes = {(len(str(n)), len(number_to_words(n))) for n in toy_dataset.make_splits().train}
+    drawn = set()
     for text in compare.fill_all(untrained(BY_NAME["encoder-only, generate"]), range(30)):
         digits, words = text.split(" <SEP> ")
         assert not set(text.replace("<SEP>", "").split()) & set(toy_dataset.SPECIAL_TOKENS)
-        assert (len(digits.split()), len(words.split())) in shapes
+        drawn.add((len(digits.split()), len(words.split())))
+    assert drawn <= shapes and len(drawn) > 5
 
 
 def test_masks_are_filled_from_right_to_left_each_given_all_to_its_right(untrained):
@@ -410,6 +422,32 @@ def test_forward_passes_are_counted_per_answer(untrained, monkeypatch):
         assert row["forward_passes"] == pytest.approx(sum(min(n + 1, compare.LONGEST) + more for n in tokens) / 3)
 
 
+def test_samples_are_decided_by_the_seed_wherever_they_are_measured(untrained, monkeypatch):
+    monkeypatch.setattr(compare, "NUM_SAMPLES", 40)
+    monkeypatch.setattr(compare, "time_interleaved", lambda calls: dict.fromkeys(calls, 1.0))
+    cell, passes, scores = BY_NAME["encoder-only, generate"], [], []
+    model = untrained(cell)
+    for noise in range(3):
+        torch.manual_seed(noise)
+        passes.append(compare.time_cells([cell], {cell.name: [model]}))
+        torch.manual_seed(noise)
+        monkeypatch.setattr(compare, "score_samples", lambda texts: {"valid": hash(tuple(texts))})
+        scores.append(compare.measure_cell(cell, model, seed=0))
+    assert passes[0] == passes[1] == passes[2] and scores[0] == scores[1] == scores[2]
+    assert compare.measure_cell(cell, model, seed=1) != scores[0]
+
+
+def test_the_wall_compares_shares_of_digits(monkeypatch):
+    monkeypatch.setattr(compare, "held_out_numbers", lambda count: [7, 34, 342])
+    entries = [{"architecture": cell.module.__name__, "task": cell.task, "sequence_accuracy": 0.0,
+                "token_accuracy": i / 10, "by_position": [i / 10]} for i, cell in enumerate(ALL_CELLS)]
+    wall = compare.build_wall(entries[:-1], entries[-1])
+    expected = {"ceiling": 0.5, "causal": 0.1, "after_reading": 0.9, "bidirectional": 0.0, "encoder_decoder": 0.2}
+    by_position = wall.pop("by_position")
+    assert wall == expected and by_position.pop("ceiling") == pytest.approx([1 / 3, 1 / 2, 1])
+    assert by_position == {name: [share] for name, share in expected.items() if name != "ceiling"}
+
+
 def test_times_are_medians_in_milliseconds_of_interleaved_rounds(monkeypatch):
     monkeypatch.setattr(compare, "NUM_ROUNDS", 3)
     order = []
@@ -458,18 +496,18 @@ def test_the_cached_row_computes_one_token_and_the_other_all_of_them(monkeypatch
 
 
 def test_beam_search_is_compared_with_greedy_text_by_text(monkeypatch):
-    numbers, names = [100, 342, 7001], []
+    numbers = [100, 342, 7001, 90_210]
     monkeypatch.setattr(compare, "held_out_numbers", lambda count: numbers)
     monkeypatch.setattr(compare, "time_interleaved", lambda calls: dict.fromkeys(calls, 3.0))
     names = [" ".join(number_to_words(number)) for number in numbers]
-    results = {1: ([names[0], "one", "one"], torch.tensor([-1.0, -2.0, -3.0])),
-               compare.BEAM_WIDTH: ([names[0], names[1], "two"], torch.tensor([-1.0, -1.5, -4.0]))}
+    results = {1: ([names[0], "one", "one", "one"], torch.tensor([-1.0, -2.0, -3.0, -2.0])),
+               compare.BEAM_WIDTH: ([names[0], names[1], "two", "two"], torch.tensor([-1.0, -1.5, -2.0, -4.0]))}
     monkeypatch.setattr(compare, "search", lambda model, numbers, width: results[width])
     greedy, beam = compare.compare_beam({"trained": ["a model"]})
     assert (greedy["likelier"], greedy["less_likely"]) == (0, 0)
-    assert beam["likelier"] == beam["less_likely"] == pytest.approx(1 / 3)
-    assert greedy["exact"] == pytest.approx(1 / 3) and beam["exact"] == pytest.approx(2 / 3)
-    assert greedy["log_probability"] == -2.0 and beam["ms_per_answer"] == 1.0
+    assert (beam["likelier"], beam["less_likely"]) == (0.5, 0.25)
+    assert (greedy["exact"], beam["exact"]) == (0.25, 0.5)
+    assert greedy["log_probability"] == -2.0 and beam["ms_per_answer"] == 0.75
 
 
 def test_search_of_width_1_is_greedy_and_wider_search_scores_log_probabilities():
