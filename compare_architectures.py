@@ -94,6 +94,9 @@ STRATEGIES = {
     "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
     "repetition penalty 2": {"repetition_penalty": 2.0},
 }
+# The guide compares one setting of each kind. By new samples, temperatures of 0.7 and 1.0 are within a few points of
+# top-p 0.9, about as far as one seed from the next: three seeds cannot rank them.
+GUIDED = ["greedy", "temperature 1.5", "top-k 5", "top-p 0.9", "repetition penalty 2"]
 # Constants of the architecture files that the numbers also depend on: a comparison needs them equal in all three.
 SHARED = ["DROPOUT", "MAX_LENGTH", "WARMUP_STEPS", "FINAL_LEARNING_RATE_RATIO", "WEIGHT_DECAY", "GRAD_CLIP"]
 
@@ -581,12 +584,14 @@ def differ(values: list[float], others: list[float]) -> bool:
 
 def give_verdicts(choices: list[tuple]) -> list[str]:
     """A verdict on each choice (name, accuracies by seed, milliseconds), against the one with the highest mean. The
-    best choice is the fastest of those equal to it; if several are about as fast (within a fifth), the first."""
+    best choice is the fastest of those equal to it; if several are about as fast (within a fifth), the first. Without
+    milliseconds (None) all are as fast."""
     top = max((accuracies for _, accuracies, _ in choices), key=statistics.fmean)
     equal = [not differ(accuracies, top) for _, accuracies, _ in choices]
-    fastest = min(ms for (_, _, ms), is_equal in zip(choices, equal) if is_equal)
-    best = next(i for i, (_, _, ms) in enumerate(choices) if equal[i] and ms <= 1.2 * fastest)
-    slower = [ms / choices[best][2] for _, _, ms in choices]
+    times = [ms or 1.0 for _, _, ms in choices]
+    fastest = min(ms for ms, is_equal in zip(times, equal) if is_equal)
+    best = next(i for i, ms in enumerate(times) if equal[i] and ms <= 1.2 * fastest)
+    slower = [ms / times[best] for ms in times]
     return ["best choice" if i == best else "worse" if not equal[i] else
             f"equal, {slower[i]:.1f}x slower" if slower[i] > 1.2 else "equal" for i in range(len(choices))]
 
@@ -598,8 +603,9 @@ def decision_table(found: dict) -> list[tuple]:
         (entry["name"].replace(f", {task}", ""), entry["by_seed"]["sequence_accuracy"], entry["ms_per_answer"])
         for entry in entries if entry["task"].startswith(task)]
         for task, measure in [("understand", "exact"), ("transform", "exact"), ("generate", "valid")]}
-    questions |= {question: [(row["strategy"], row["by_seed"][key], row["ms_per_answer"])
-                             for row in found["strategies"]]
+    # A strategy's own cost is small beside the model's, and lost in the noise of the timings: accuracy decides alone.
+    questions |= {question: [(row["strategy"], row["by_seed"][key], None)
+                             for row in found["strategies"] if row["strategy"] in GUIDED]
                   for question, key in [("one correct answer", "named"), ("many new answers", "new")]}
     return [(question, *choice, verdict) for question, choices in questions.items()
             for choice, verdict in zip(choices, give_verdicts(choices))]
@@ -689,7 +695,7 @@ def show_guide(found: dict) -> None:
          f"unless their ranges are disjoint and their means at least {100 * MARGIN:g} apart. The best choice is the "
          "fastest of those equal to the most accurate; if several are about as fast, the first.",
          "choice mean range ms verdict",
-         [(question, choice, *percent(accuracies), ms, verdict)
+         [(question, choice, *percent(accuracies), ms or "-", verdict)
           for question, choice, accuracies, ms, verdict in decision_table(found)])
     print()
     for sentence in guide_sentences(found):

@@ -571,6 +571,7 @@ def test_runs_differ_only_if_their_ranges_are_disjoint_and_their_means_a_margin_
     ([([1.0, 1.0], 5.0), ([1.0, 0.99], 1.0), ([0.5, 0.6], 0.5)], ["equal, 5.0x slower", "best choice", "worse"]),
     ([([0.9, 0.9], 1.1), ([0.9, 0.9], 1.0)], ["best choice", "equal"]),        # as fast: the first
     ([([0.9, 0.9], 1.0), ([0.95, 0.96], 9.0)], ["worse", "best choice"]),      # accuracy before speed
+    ([([0.9, 0.9], None), ([0.95, 0.96], None), ([0.955, 0.955], None)], ["worse", "best choice", "equal"]),
 ])
 def test_the_best_choice_is_the_fastest_of_the_equally_accurate(choices, verdicts):
     assert compare.give_verdicts([("name", *choice) for choice in choices]) == verdicts
@@ -596,7 +597,7 @@ def findings(understand=(1.0, 1.0, 1.0, 1.0), gain=0.0) -> dict:
 
 def test_the_table_of_the_guide_has_each_cell_and_strategy_once_and_one_best_choice_per_question():
     table = compare.decision_table(findings())
-    assert len(table) == 10 + 2 * len(compare.STRATEGIES)
+    assert len(table) == 10 + 2 * len(compare.GUIDED)
     best = Counter(question for question, *_, verdict in table if verdict == "best choice")
     assert len(best) == 5 and set(best.values()) == {1}
     assert [row[1] for row in table[:4]] == ["encoder-only", "decoder-only", "encoder-decoder",
