@@ -69,7 +69,8 @@ NUM_SAMPLES = 500      # unconditional samples, and prompts per decoding strateg
 NUM_TIMED = 8          # answers timed, one at a time. Try 50
 NUM_ROUNDS = 10        # timings of each row, interleaved with those of the others; the median counts. Try 30
 TOP_P = 0.9            # top-p for unconditional sampling. Try 1.0: the model's full distribution
-MARGIN = 0.01          # differences in accuracy below this do not count, however small the seed noise. Try 0
+MARGIN = 0.025         # differences in accuracy below this do not count. With 0.01, two of the 20 verdicts (encoder-
+                       # decoder generation, top-k 5 for names) were "worse" with SEED = 1 and "equal" with SEED = 2
 BEAM_WIDTH = 5         # hypotheses kept by beam search. Try 2, 10
 UNDERTRAINED = 4_000   # training numbers, each seen once, of the undertrained model in beam search. Try 8_000
 CACHE_LENGTHS = [32, 64, 128, 256, 512]  # tokens in the cache when the next one is generated. Try adding 1000
@@ -576,7 +577,7 @@ def differ(values: list[float], others: list[float]) -> bool:
     """Do two sets of runs differ beyond seed noise? Their ranges are disjoint, and their means at least MARGIN apart.
 
     Three runs against three have disjoint ranges by chance in one case of ten, even where nothing differs. The margin
-    catches those where both are near 100%.
+    catches the smaller of these differences, so that another SEED gives the same verdict more often.
     """
     disjoint = min(values) > max(others) or max(values) < min(others)
     return disjoint and abs(statistics.fmean(values) - statistics.fmean(others)) >= MARGIN
