@@ -106,10 +106,9 @@ class PositionalEncoding(nn.Module):
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
     Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
-    (A causal mask gives away some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a clock
-    hand; the first turns once in 6 positions, the last once in tens of thousands. Moving k positions to the right turns
-    each hand by an angle that depends only on k, so "k to the left" looks the same everywhere in the sequence, and
-    attention can learn it once for all positions.
+    (A causal mask reveals some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a hand of
+    a clock; the first turns once in 6 positions, the last once in tens of thousands. A step of k positions turns each
+    hand by an angle that depends only on k, so attention can learn "k to the left" once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -163,8 +162,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms of size 1 has size sqrt(d_k). Without the division
-    # softmax would saturate: nearly all weight on one position, and almost no gradient for the others.
+    # scores = Q K^T / sqrt(d_k). The sum of d_k random products of variance 1 has standard deviation sqrt(d_k):
+    # without the division softmax would saturate, with nearly all weight on one position and almost no gradient.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
@@ -240,10 +239,9 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
-    Attention moves information between positions; the feed-forward network processes what each position has gathered.
-    Without the GELU, W_1 and W_2 would collapse into a single linear map. The wider the layer in between, the more
-    features it can detect and combine. With D_FF = 4 * D_MODEL it holds two thirds of a layer's parameters, or half
-    where the layer also has cross-attention.
+    Attention moves information between positions; this network processes what each position has gathered. Without the
+    GELU, W_1 and W_2 would collapse into a single linear map. With D_FF = 4 * D_MODEL it holds two thirds of a layer's
+    parameters, or half where the layer also has cross-attention.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -343,7 +341,7 @@ class DecoderOnlyTransformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, mask, None if cache is None else cache[i], attention_maps)
         # logits = norm(x) E^T: a token's logit is the output's dot product with its embedding. Input and output share
-        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
+        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and both uses train it.
         return F.linear(self.final_norm(x), self.embedding.weight)                      # (B, T, V)
 
     def new_cache(self) -> list[KVCache]:
@@ -352,12 +350,11 @@ class DecoderOnlyTransformer(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier initialization (Glorot & Bengio 2010), which preserves the variance of activations; zero biases.
+    """Xavier initialization (Glorot & Bengio 2010), which roughly preserves the variance of activations; zero biases.
 
     Embeddings have standard deviation 0.5 after the factor sqrt(C). The same table is the output layer, where larger
-    values would make the first predictions confident and wrong; with these the first loss is near ln V, that of uniform
-    guessing. Near, not at: a token's vector is still most similar to itself, so with tied weights an untrained model
-    tends to repeat its input, which costs it a little more than guessing (training prints both figures).
+    values would make the first predictions confident and wrong. With these the first loss is just above that of uniform
+    guessing, ln V: a vector is most similar to itself, so with tied weights a new model tends to repeat its input.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -395,8 +392,8 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
         loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
     A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
-    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight every
-    target equally. The mean of batch means would overweight the targets of small batches.
+    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight all
+    targets equally. The mean of batch means would overweight the targets of small batches.
     """
     logits, targets = predict(model, batch)
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -423,10 +420,10 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
         m <- beta_1 m + (1 - beta_1) gradient           v <- beta_2 v + (1 - beta_2) gradient^2
         weight <- weight - learning_rate * (m / (sqrt(v) + epsilon) + weight_decay * weight)
 
-    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square: so
-    all weights move by about the learning rate per step, whether their gradients are large or tiny. (Both means are
-    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them. Norms are left out,
-    since their scale belongs near 1; so are biases, which are few, and by convention embeddings.
+    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square, so
+    a weight moves by at most about the learning rate per step, whether its gradients are large or tiny. (Both means are
+    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them large. Norm scales,
+    which belong near 1, biases and, by convention, embeddings are not decayed.
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
@@ -458,10 +455,10 @@ def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
-    """Train the model in place, and evaluate it on the validation numbers num_evaluations times on the way.
+    """Train the model in place, and evaluate it on the validation numbers num_evaluations times along the way.
 
     loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to advance; without it, train shows
-    its own, and at each evaluation a line with an example (from answer, which calls generate; both come below).
+    its own, and a line with an example at each evaluation (from answer, which calls generate; both come below).
     Returns the history, one dict per step: step, loss, learning_rate, grad_norm and, where there was an evaluation,
     validation_loss and exact_match. Raises FloatingPointError when training diverges.
     """
@@ -469,9 +466,8 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     optimizer = create_optimizer(model, learning_rate)
     num_steps = num_epochs * len(loaders.train)
     evaluation_steps = {num_steps * i // num_evaluations for i in range(1, num_evaluations + 1)}
-    bar = progress
-    if progress is None:
-        bar = tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5)
+    bar = progress if progress is not None else tqdm(total=num_steps, desc="training", ascii=True, ncols=95,
+                                                     mininterval=0.5)
     history = []
     model.train()
     for _ in range(num_epochs):
@@ -537,8 +533,7 @@ def scale_by_temperature(logits, temperature):
 
 
 def keep_top_k(logits, k):
-    """Keep the k most likely tokens (Fan et al. 2018). k is fixed: too many when the model is confident, too few when
-    it is not.
+    """Keep the k most likely tokens (Fan et al. 2018): too many when the model is confident, too few when it is not.
 
     >>> keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), k=2)
     tensor([[3., -inf, 2., -inf]])
@@ -550,8 +545,7 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """Keep the smallest set of most likely tokens with total probability p or more (Holtzman et al. 2020, "nucleus").
 
-    The set is small when the model is confident and large when it is not. The token that crosses p is kept; without it
-    the sum falls short.
+    The set is small when the model is confident, large when it is not. The token that crosses p belongs to it.
 
     >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), p=0.7).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000, 0.0000]])
@@ -652,7 +646,7 @@ def answer(model, numbers: list[int]) -> list[str]:
 
 
 def get_device() -> torch.device:
-    """The fastest device available: an NVIDIA GPU (cuda), an Apple one (mps), or the CPU, which is enough."""
+    """An NVIDIA GPU (cuda) if there is one, otherwise an Apple GPU (mps), otherwise the CPU, which is enough."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -660,7 +654,7 @@ def get_device() -> torch.device:
 
 def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
                 max_length=MAX_LENGTH):
-    """A new model with random weights, on the fastest device (call torch.manual_seed first for reproducibility)."""
+    """A new model with random weights, on get_device() (call torch.manual_seed first for reproducibility)."""
     return DecoderOnlyTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length).to(get_device())
 
 
@@ -769,8 +763,7 @@ def save(model, path=CHECKPOINT) -> None:
 def load(path=CHECKPOINT, model=None):
     """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
 
-    Raises InputError if the file is not a checkpoint of this model with these constants; FileNotFoundError if there is
-    none.
+    Raises InputError if it is not a checkpoint of this model with these constants, FileNotFoundError if it is missing.
     """
     model = build_model() if model is None else model
     remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
@@ -827,9 +820,10 @@ def print_configuration(model, loaders) -> None:
 def describe_floor(dataset) -> str:
     """The loss of an ideal model on these numbers, as text.
 
-    The name follows from the digits, so an ideal model loses nothing there. The digits are random: the best that can be
-    learned is how the training numbers were drawn. A number of n digits then has the probability
+    The name follows from the digits and costs an ideal model nothing. The digits are random: all that can be learned is
+    how the training numbers were drawn. A number of n digits then has the probability
     (share of n digits in the training numbers) / (how many numbers of n digits there are), and costs -log of that.
+    Held-out numbers have another mix of lengths, so this is what to expect of an ideal model, not a strict bound.
     """
     if not LOSS_ON_PROMPT:
         return "0 for an ideal model, as digits determine names"

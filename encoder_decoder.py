@@ -1,8 +1,8 @@
-"""encoder_decoder.py - the encoder-decoder transformer of 2017, in the role of T5: one sequence in, another out.
+"""encoder_decoder.py - an encoder-decoder transformer, as in the 2017 paper and T5: one sequence in, another out.
 
 What it is. Two stacks. The encoder reads the source bidirectionally and outputs one vector per position, the memory.
-The decoder generates the target from left to right, like a GPT, and every layer also attends to the memory. This
-cross-attention is the only connection between the two.
+The decoder generates the target from left to right, like a GPT, and each of its layers also attends to the memory.
+This cross-attention is the only connection between the two.
 
                                               targets    three hundred forty  two   <EOS>
                                                            ^      ^      ^     ^      ^
@@ -113,10 +113,9 @@ class PositionalEncoding(nn.Module):
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
     Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
-    (A causal mask gives away some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a clock
-    hand; the first turns once in 6 positions, the last once in tens of thousands. Moving k positions to the right turns
-    each hand by an angle that depends only on k, so "k to the left" looks the same everywhere in the sequence, and
-    attention can learn it once for all positions.
+    (A causal mask reveals some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a hand of
+    a clock; the first turns once in 6 positions, the last once in tens of thousands. A step of k positions turns each
+    hand by an angle that depends only on k, so attention can learn "k to the left" once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -170,8 +169,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms of size 1 has size sqrt(d_k). Without the division
-    # softmax would saturate: nearly all weight on one position, and almost no gradient for the others.
+    # scores = Q K^T / sqrt(d_k). The sum of d_k random products of variance 1 has standard deviation sqrt(d_k):
+    # without the division softmax would saturate, with nearly all weight on one position and almost no gradient.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
@@ -231,10 +230,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, mask, memory=None, cache=None, attention_maps=None):
         """x (B, T, C) -> (B, T, C). mask: boolean, broadcastable to (B, H, T, S), True = may attend.
 
-        memory: the encoder's output (B, S, C), from which keys and values are computed: cross-attention. None means
-        that they come from x itself: self-attention.
-        cache: a KVCache. Self-attention appends x's keys and values; cross-attention fills it once and then only reads
-        it, since the source does not change.
+        memory: the encoder's output (B, S, C): keys and values come from it (cross-attention). None: self-attention.
+        cache: a KVCache. Self-attention appends to it; cross-attention fills it once, since the source stays the same.
         attention_maps: a list to which this layer's weights (B, H, T, S) are appended, for pictures.
         """
         query = self.split_heads(self.query(x))                                         # (B, H, T, d_k)
@@ -254,10 +251,9 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
-    Attention moves information between positions; the feed-forward network processes what each position has gathered.
-    Without the GELU, W_1 and W_2 would collapse into a single linear map. The wider the layer in between, the more
-    features it can detect and combine. With D_FF = 4 * D_MODEL it holds two thirds of a layer's parameters, or half
-    where the layer also has cross-attention.
+    Attention moves information between positions; this network processes what each position has gathered. Without the
+    GELU, W_1 and W_2 would collapse into a single linear map. With D_FF = 4 * D_MODEL it holds two thirds of a layer's
+    parameters, or half where the layer also has cross-attention.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -390,7 +386,7 @@ class EncoderDecoderTransformer(nn.Module):
         for i, layer in enumerate(self.decoder):
             x = layer(x, mask, memory, memory_mask, (None, None) if cache is None else cache[i], self_maps, cross_maps)
         # logits = norm(x) E^T: a token's logit is the output's dot product with its embedding. Input and output share
-        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
+        # one table E ("weight tying", Press & Wolf 2017): fewer parameters, and both uses train it.
         return F.linear(self.decoder_norm(x), self.embedding.weight)                    # (B, T, V)
 
     def forward(self, source, target):
@@ -403,12 +399,11 @@ class EncoderDecoderTransformer(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier initialization (Glorot & Bengio 2010), which preserves the variance of activations; zero biases.
+    """Xavier initialization (Glorot & Bengio 2010), which roughly preserves the variance of activations; zero biases.
 
     Embeddings have standard deviation 0.5 after the factor sqrt(C). The same table is the output layer, where larger
-    values would make the first predictions confident and wrong; with these the first loss is near ln V, that of uniform
-    guessing. Near, not at: a token's vector is still most similar to itself, so with tied weights an untrained model
-    tends to repeat its input, which costs it a little more than guessing (training prints both figures).
+    values would make the first predictions confident and wrong. With these the first loss is just above that of uniform
+    guessing, ln V: a vector is most similar to itself, so with tied weights a new model tends to repeat its input.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -445,8 +440,8 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
         loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
     A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
-    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight every
-    target equally. The mean of batch means would overweight the targets of small batches.
+    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight all
+    targets equally. The mean of batch means would overweight the targets of small batches.
     """
     logits, targets = predict(model, batch)
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -473,10 +468,10 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
         m <- beta_1 m + (1 - beta_1) gradient           v <- beta_2 v + (1 - beta_2) gradient^2
         weight <- weight - learning_rate * (m / (sqrt(v) + epsilon) + weight_decay * weight)
 
-    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square: so
-    all weights move by about the learning rate per step, whether their gradients are large or tiny. (Both means are
-    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them. Norms are left out,
-    since their scale belongs near 1; so are biases, which are few, and by convention embeddings.
+    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square, so
+    a weight moves by at most about the learning rate per step, whether its gradients are large or tiny. (Both means are
+    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them large. Norm scales,
+    which belong near 1, biases and, by convention, embeddings are not decayed.
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
@@ -508,10 +503,10 @@ def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
-    """Train the model in place, and evaluate it on the validation numbers num_evaluations times on the way.
+    """Train the model in place, and evaluate it on the validation numbers num_evaluations times along the way.
 
     loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to advance; without it, train shows
-    its own, and at each evaluation a line with an example (from answer, which calls generate; both come below).
+    its own, and a line with an example at each evaluation (from answer, which calls generate; both come below).
     Returns the history, one dict per step: step, loss, learning_rate, grad_norm and, where there was an evaluation,
     validation_loss and exact_match. Raises FloatingPointError when training diverges.
     """
@@ -519,9 +514,8 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     optimizer = create_optimizer(model, learning_rate)
     num_steps = num_epochs * len(loaders.train)
     evaluation_steps = {num_steps * i // num_evaluations for i in range(1, num_evaluations + 1)}
-    bar = progress
-    if progress is None:
-        bar = tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5)
+    bar = progress if progress is not None else tqdm(total=num_steps, desc="training", ascii=True, ncols=95,
+                                                     mininterval=0.5)
     history = []
     model.train()
     for _ in range(num_epochs):
@@ -586,8 +580,7 @@ def scale_by_temperature(logits, temperature):
 
 
 def keep_top_k(logits, k):
-    """Keep the k most likely tokens (Fan et al. 2018). k is fixed: too many when the model is confident, too few when
-    it is not.
+    """Keep the k most likely tokens (Fan et al. 2018): too many when the model is confident, too few when it is not.
 
     >>> keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), k=2)
     tensor([[3., -inf, 2., -inf]])
@@ -599,8 +592,7 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """Keep the smallest set of most likely tokens with total probability p or more (Holtzman et al. 2020, "nucleus").
 
-    The set is small when the model is confident and large when it is not. The token that crosses p is kept; without it
-    the sum falls short.
+    The set is small when the model is confident, large when it is not. The token that crosses p belongs to it.
 
     >>> keep_top_p(torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log(), p=0.7).softmax(-1)
     tensor([[0.6250, 0.3750, 0.0000, 0.0000]])
@@ -639,8 +631,7 @@ def generate(model, sources: list[list[int]], max_new_tokens=MAX_NEW_TOKENS, tem
              top_p=TOP_P, use_cache=True, generator=None) -> torch.Tensor:
     """Generate a target per source (a list of ids), until <EOS> or the limit. Returns ids (B, T_new), without <SOS>.
 
-    Sources may differ in length. After its <EOS> a row holds only <PAD>. generator: a torch.Generator to sample from,
-    in place of the global one.
+    Sources may differ in length. After its <EOS> a row holds only <PAD>. generator: as in torch.multinomial.
     """
     check_generation(temperature, top_k, top_p, max_new_tokens)
     was_training = model.training
@@ -724,10 +715,8 @@ def beam_search(model, sources: list[list[int]], beam_width=BEAM_WIDTH, length_p
 
     Returns ids (B, W, T), best first, <PAD> after <EOS>, and scores (B, W), -inf where fewer than W texts were found.
     """
-    if beam_width < 1:
-        raise InputError(f"beam width {beam_width} must be at least 1: 5 works.")
-    if length_penalty < 0:
-        raise InputError(f"length penalty {length_penalty} must not be negative: 1 works.")
+    check_constant("BEAM_WIDTH", beam_width, int, lambda n: n >= 1, "a whole number, at least 1: 5 works")
+    check_constant("LENGTH_PENALTY", length_penalty, (int, float), lambda x: x >= 0, "a number, at least 0: 1 works")
     check_generation(0, None, None, max_new_tokens)
     was_training = model.training
     model.eval()
@@ -811,7 +800,7 @@ def answer(model, numbers: list[int]) -> list[str]:
 
 
 def get_device() -> torch.device:
-    """The fastest device available: an NVIDIA GPU (cuda), an Apple one (mps), or the CPU, which is enough."""
+    """An NVIDIA GPU (cuda) if there is one, otherwise an Apple GPU (mps), otherwise the CPU, which is enough."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -819,7 +808,7 @@ def get_device() -> torch.device:
 
 def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
                 max_length=MAX_LENGTH):
-    """A new model with random weights, on the fastest device (call torch.manual_seed first for reproducibility)."""
+    """A new model with random weights, on get_device() (call torch.manual_seed first for reproducibility)."""
     return EncoderDecoderTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length).to(get_device())
 
 
@@ -928,8 +917,7 @@ def save(model, path=CHECKPOINT) -> None:
 def load(path=CHECKPOINT, model=None):
     """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
 
-    Raises InputError if the file is not a checkpoint of this model with these constants; FileNotFoundError if there is
-    none.
+    Raises InputError if it is not a checkpoint of this model with these constants, FileNotFoundError if it is missing.
     """
     model = build_model() if model is None else model
     remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
@@ -1031,7 +1019,7 @@ def cross_attention(model, number: int) -> torch.Tensor:
 
 
 def show_alignment(model, number: int) -> None:
-    """The cross-attention as text bars: longer is more. The digits that determine a word stand in brackets."""
+    """The cross-attention as text bars: longer is more. Brackets mark the digits that determine a word."""
     weights = cross_attention(model, number)
     words = [*number_to_words(number), "<EOS>"]
     print(f"\nCROSS-ATTENTION for {number}, averaged over layers and heads; [ ] marks the digits that\n"

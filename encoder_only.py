@@ -3,12 +3,10 @@
 What it is. One stack of layers in which every position attends to all others, left and right. The output is one
 contextual vector per token. It is trained in two steps:
 
-1. Pretraining, without labels. Mask 15% of the tokens and train the model to predict them. To see that
-   `9 0 2 1 0 <SEP> ninety <MASK> two hundred ten` lacks `thousand` it has to learn how digits and words correspond. No
-   labels are needed: the text supplies the targets.
-2. Fine-tuning, with labels, for the task at hand. A small new layer on top (a "head", unrelated to the attention heads
-   below) turns vectors into logits, one unnormalized score per class; softmax turns them into probabilities. Then a
-   short training:
+1. Pretraining, without labels: predict tokens that are masked, 15% of them; the text supplies the targets. To see that
+   `9 0 2 1 0 <SEP> ninety <MASK> two hundred ten` lacks `thousand`, a model must learn how digits and words correspond.
+2. Fine-tuning, with labels, for the task at hand: a short training run with a small new layer on top (a "head",
+   unrelated to attention heads) that turns vectors into logits, scores that softmax makes probabilities:
    tagging    every token gets a label         3 4 2 -> hundreds, tens, ones    (as in named-entity recognition)
    counting   the sequence gets one label      3 4 2 -> its name has 4 words    (as in sentiment classification)
    matching   a pair of texts gets one label   3 4 2 <SEP> three ... -> same number (as in paraphrase detection)
@@ -27,12 +25,12 @@ contextual vector per token. It is trained in two steps:
         ^       ^       ^       ^       ^                            2         #   # # #   #
       <CLS>     3       4       2     <SEP>                          <SEP>     #   # # #   #
 
-What it is for: understanding. Tagging, classifying, comparing, searching: whenever the whole text is there before the
-answer is needed. What it is not for: generation. It is trained to fill a few gaps in a complete text, not to continue
-one. It can be made to (mask-predict, below), and you will see what that costs.
+What it is for: understanding. Tagging, classifying, comparing, searching: whenever the whole text is available
+before the answer is needed. What it is not for: generation. It is trained to fill a few gaps in a complete text, not to
+continue one. It can be made to (mask-predict, below), and you will see what that costs.
 
 What you will see when you run it (about five minutes on two CPU cores): pretraining, with its distance from the best
-possible predictor, which is computed exactly; masks filled in; three fine-tunings and their accuracy on held-out
+possible predictor, which is computed exactly; masks filled in; three fine-tuning runs and their accuracy on held-out
 numbers; nearest neighbors; mask-predict; and what pretraining gains, by number of labels.
 
     python encoder_only.py                                          train, test, show, and save checkpoints/
@@ -46,11 +44,10 @@ BUILDING A MODEL; what follows is validation, checkpoints, the best possible pre
 Papers: Devlin et al. 2019 (BERT); Vaswani et al. 2017, "Attention Is All You Need" (the parts); Ghazvininejad et al.
 2019 (mask-predict).
 Simplified here: positions are sinusoidal, where BERT learns a vector per position; embeddings are multiplied by
-sqrt(C), as in the 2017 paper but not in BERT, which adds segment embeddings and a LayerNorm instead; norms stand inside
-the residual branches, where BERT has them after the sum; masked-LM logits are the output times the embedding table,
-where BERT first applies a dense layer, GELU and LayerNorm, and adds a bias; weights start from Xavier's distribution,
-where BERT's have standard deviation 0.02; there is no next-sentence prediction (unnecessary: Liu et al. 2019,
-RoBERTa), so the pooler is untrained before fine-tuning; and a token is a whole word or digit, where BERT uses subwords.
+sqrt(C), as in the 2017 paper, where BERT adds segment embeddings and a LayerNorm; layers are pre-norm, BERT's are
+post-norm; BERT computes masked-LM logits with one more dense layer, GELU, LayerNorm and a bias; its initial weights
+have standard deviation 0.02; its pretraining includes next-sentence prediction (unnecessary: Liu et al. 2019, RoBERTa),
+without which the pooler is untrained before fine-tuning; its tokens are subwords, where these are words and digits.
 
 Letters used for shapes, here and in the other two files:
 B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
@@ -87,7 +84,7 @@ NUM_LAYERS = 2        # transformer layers. Try 1 (what can it no longer do?), 4
 NUM_HEADS = 4         # attention heads, each D_MODEL / NUM_HEADS wide. Try 1, 8
 D_FF = 512            # inner width of the feed-forward network; 4 * D_MODEL is customary. Try 128, 1024
 DROPOUT = 0.0         # fraction of activations zeroed in training, against overfitting. Try 0.1: does it help here?
-MAX_LENGTH = 64       # longest sequence, digits and words together. Try 16 (too short: see what it says), 1024
+MAX_LENGTH = 64       # longest sequence, digits and words together. Try 16 (too short: see the error), 1024
 
 # --- training ---
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
@@ -97,10 +94,10 @@ FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
 WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
 WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
 GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
-MASK_PROBABILITY = 0.15  # fraction of tokens to predict. Try 0.05 (little to learn from), 0.5 (mask-predict gains)
-FINE_TUNING_STEPS = 400  # steps of each fine-tuning, however many labels there are. Try 100, 1000
+MASK_PROBABILITY = 0.15  # fraction of tokens to predict. Try 0.05 (little to learn from), 0.5 (better mask-predict?)
+FINE_TUNING_STEPS = 400  # steps per fine-tuning run, however many labels there are. Try 100, 1000
 FINE_TUNING_LEARNING_RATE = 1e-3  # its peak; a smaller one forgets less of the pretraining. Try 1e-4, 3e-3
-NUM_LABELS = [100, 300, 1000, 3000]  # labeled examples, for the table of what pretraining gains. Try adding 30
+NUM_LABELS = [100, 300, 1000, 3000]  # labeled examples, in the table of what pretraining gains. Try adding 30
 SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
 
 # --- generation ---
@@ -108,19 +105,13 @@ ITERATIONS = 4        # rounds of mask-predict; 1 fills in all masks at once. Tr
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
 PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
 MASKED_EXAMPLES = [  # texts to complete. Try masking a digit and its word: what does it predict when it cannot know?
-    "90210 <SEP> ninety <MASK> two hundred ten",
-    "3 <MASK> 2 <SEP> three hundred forty two",
-    "1010 <SEP> <MASK> <MASK> <MASK>",
-    "<MASK> <MASK> <MASK> <SEP> seven hundred seventeen",
-]
+    "90210 <SEP> ninety <MASK> two hundred ten", "3 <MASK> 2 <SEP> three hundred forty two",
+    "1010 <SEP> <MASK> <MASK> <MASK>", "<MASK> <MASK> <MASK> <SEP> seven hundred seventeen"]
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "encoder_only.pt"  # and, for the fine-tuned, encoder_only_TASK.pt
-
 TASKS = {  # task -> the function that turns a number into an example
-    "masked_lm": toy_dataset.masked_lm_example,
-    "tagging": toy_dataset.tagging_example,
-    "counting": toy_dataset.counting_example,
-    "matching": toy_dataset.matching_example,
+    "masked_lm": toy_dataset.masked_lm_example, "tagging": toy_dataset.tagging_example,
+    "counting": toy_dataset.counting_example, "matching": toy_dataset.matching_example,
 }
 NUM_CLASSES = {"tagging": MAX_DIGITS, "counting": MAX_WORDS, "matching": 2}
 
@@ -136,10 +127,9 @@ class PositionalEncoding(nn.Module):
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
     Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
-    (A causal mask gives away some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a clock
-    hand; the first turns once in 6 positions, the last once in tens of thousands. Moving k positions to the right turns
-    each hand by an angle that depends only on k, so "k to the left" looks the same everywhere in the sequence, and
-    attention can learn it once for all positions.
+    (A causal mask reveals some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a hand of
+    a clock; the first turns once in 6 positions, the last once in tens of thousands. A step of k positions turns each
+    hand by an angle that depends only on k, so attention can learn "k to the left" once for all positions.
     """
 
     def __init__(self, d_model: int, max_length: int):
@@ -193,8 +183,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). A dot product of d_k random terms of size 1 has size sqrt(d_k). Without the division
-    # softmax would saturate: nearly all weight on one position, and almost no gradient for the others.
+    # scores = Q K^T / sqrt(d_k). The sum of d_k random products of variance 1 has standard deviation sqrt(d_k):
+    # without the division softmax would saturate, with nearly all weight on one position and almost no gradient.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
@@ -245,10 +235,9 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Module):
     """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
-    Attention moves information between positions; the feed-forward network processes what each position has gathered.
-    Without the GELU, W_1 and W_2 would collapse into a single linear map. The wider the layer in between, the more
-    features it can detect and combine. With D_FF = 4 * D_MODEL it holds two thirds of a layer's parameters, or half
-    where the layer also has cross-attention.
+    Attention moves information between positions; this network processes what each position has gathered. Without the
+    GELU, W_1 and W_2 would collapse into a single linear map. With D_FF = 4 * D_MODEL it holds two thirds of a layer's
+    parameters, or half where the layer also has cross-attention.
     """
 
     def __init__(self, d_model: int, d_ff: int):
@@ -340,17 +329,16 @@ class EncoderOnlyTransformer(nn.Module):
             # tanh, lets the head separate classes that no linear function of that vector does, and bounds its input.
             return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, classes)
         # logits = x E^T: a token's logit is the output's dot product with its embedding. Input and output share one
-        # table E ("weight tying", Press & Wolf 2017): fewer parameters, and each use improves the other.
+        # table E ("weight tying", Press & Wolf 2017): fewer parameters, and both uses train it.
         return F.linear(x, self.embedding.weight)                                       # (B, T, V)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier initialization (Glorot & Bengio 2010), which preserves the variance of activations; zero biases.
+    """Xavier initialization (Glorot & Bengio 2010), which roughly preserves the variance of activations; zero biases.
 
     Embeddings have standard deviation 0.5 after the factor sqrt(C). The same table is the output layer, where larger
-    values would make the first predictions confident and wrong; with these the first loss is near ln V, that of uniform
-    guessing. Near, not at: a token's vector is still most similar to itself, so with tied weights an untrained model
-    tends to repeat its input, which costs it a little more than guessing (training prints both figures).
+    values would make the first predictions confident and wrong. With these the first loss is just above that of uniform
+    guessing, ln V: a vector is most similar to itself, so with tied weights a new model tends to repeat its input.
     """
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -387,30 +375,20 @@ def mask_tokens(ids, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def create_dataloaders(batch_size=BATCH_SIZE, seed=SEED, task="masked_lm", num_train=None) -> toy_dataset.Splits:
-    """Training, validation and test batches: "ids" (B, T) and, by task, "places" (B, T), "count" (B) or "match" (B).
-
-    num_train: use only so many of the training numbers.
-    """
+    """Training, validation and test batches: "ids" (B, T) and, by task, "places" (B, T), "count" (B) or "match" (B)."""
     return toy_dataset.make_dataloaders(TASKS[task], batch_size, seed, num_train)
 
 
 def predict(model, batch, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The model's logits for a batch (B, T, classes), and the targets that they are meant to hit (B, T).
+    """The model's logits for a batch (B, T, classes), and its targets (B, T).
 
-    T is 1 in counting and matching, the one answer at <CLS>. For masked language modeling the tokens are masked here;
-    a batch that was masked by its maker (compare_architectures.py masks whole names) brings "targets", and is taken as
-    it is. generator: see mask_tokens.
+    T is 1 in counting and matching, whose one answer is given at <CLS>. In pretraining the tokens are masked here (with
+    this generator), unless the batch already has "targets" (compare_architectures.py masks whole names).
     """
-    device = next(model.parameters()).device
-    ids = batch["ids"].to(device)
-    if "places" in batch:
-        return model(ids), batch["places"].to(device)
-    if "count" in batch:
-        return model(ids), batch["count"][:, None].to(device)
-    if "match" in batch:
-        return model(ids), batch["match"][:, None].to(device)
-    if "targets" in batch:
-        return model(ids), batch["targets"].to(device)
+    ids = batch["ids"].to(next(model.parameters()).device)
+    for labels in ("places", "count", "match", "targets"):
+        if labels in batch:
+            return model(ids), batch[labels].to(ids.device).reshape(len(ids), -1)           # (B, T)
     corrupted, targets = mask_tokens(ids, generator)
     return model(corrupted), targets
 
@@ -421,8 +399,8 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
         loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
     A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
-    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight every
-    target equally. The mean of batch means would overweight the targets of small batches.
+    separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight all
+    targets equally. The mean of batch means would overweight the targets of small batches.
     """
     logits, targets = predict(model, batch)
     loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -449,10 +427,10 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
         m <- beta_1 m + (1 - beta_1) gradient           v <- beta_2 v + (1 - beta_2) gradient^2
         weight <- weight - learning_rate * (m / (sqrt(v) + epsilon) + weight_decay * weight)
 
-    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square: so
-    all weights move by about the learning rate per step, whether their gradients are large or tiny. (Both means are
-    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them. Norms are left out,
-    since their scale belongs near 1; so are biases, which are few, and by convention embeddings.
+    Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square, so
+    a weight moves by at most about the learning rate per step, whether its gradients are large or tiny. (Both means are
+    also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them large. Norm scales,
+    which belong near 1, biases and, by convention, embeddings are not decayed.
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
@@ -484,10 +462,10 @@ def train_step(model, batch, optimizer, learning_rate) -> tuple[float, float]:
 
 
 def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, num_evaluations=10, progress=None):
-    """Train the model in place, and evaluate it on the validation numbers num_evaluations times on the way.
+    """Train the model in place, and evaluate it on the validation numbers num_evaluations times along the way.
 
     loaders: Splits of DataLoaders, from create_dataloaders. progress: a tqdm bar to advance; without it, train shows
-    its own, and at each evaluation a line with an example (from answer, which calls generate; both come below).
+    its own, and a line with an example at each evaluation (from answer, which calls generate; both come below).
     Returns the history, one dict per step: step, loss, learning_rate, grad_norm and, where there was an evaluation,
     validation_loss and exact_match. Raises FloatingPointError when training diverges.
     """
@@ -495,9 +473,8 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
     optimizer = create_optimizer(model, learning_rate)
     num_steps = num_epochs * len(loaders.train)
     evaluation_steps = {num_steps * i // num_evaluations for i in range(1, num_evaluations + 1)}
-    bar = progress
-    if progress is None:
-        bar = tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5)
+    bar = progress if progress is not None else tqdm(total=num_steps, desc="training", ascii=True, ncols=95,
+                                                     mininterval=0.5)
     history = []
     model.train()
     for _ in range(num_epochs):
@@ -529,9 +506,8 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
 def evaluate(model, loader) -> dict:
     """Evaluate on held-out numbers. Returns loss (nats per target), exact_match, accuracy and mistakes.
 
-    exact_match: fraction of the sequences in which every target is predicted correctly, of those that have a target (by
-    chance no token may be masked). accuracy: fraction of the targets. mistakes: the indices of the other sequences, in
-    the loader's order.
+    exact_match: of the sequences with a target (by chance none may be masked), the fraction with every target correct.
+    accuracy: fraction of the targets. mistakes: the indices of the other sequences, in the loader's order.
     """
     was_training = model.training
     model.eval()
@@ -541,11 +517,11 @@ def evaluate(model, loader) -> dict:
     for batch in loader:
         logits, targets = predict(model, batch, generator)
         loss_sum += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        num_targets += (targets != IGNORE).sum().item()
-        num_hits += (logits.argmax(dim=-1) == targets).sum().item()
-        hit = (logits.argmax(dim=-1) == targets) | (targets == IGNORE)                  # (B, T)
-        right += hit.all(dim=1).tolist()
-        asked += (targets != IGNORE).any(dim=1).tolist()
+        is_target, hit = targets != IGNORE, logits.argmax(dim=-1) == targets            # (B, T) each
+        num_targets += is_target.sum().item()
+        num_hits += hit.sum().item()
+        right += (hit | ~is_target).all(dim=1).tolist()
+        asked += is_target.any(dim=1).tolist()
     model.train(was_training)
     mistakes = [i for i, ok in enumerate(right) if not ok]
     return {"loss": loss_sum / max(1, num_targets), "exact_match": 1 - len(mistakes) / max(1, sum(asked)),
@@ -556,12 +532,11 @@ def fine_tune(pretrained, loaders, task, num_steps=FINE_TUNING_STEPS, learning_r
               num_evaluations=2, progress=None):
     """A new model for the task, trained for num_steps. Returns it and its history.
 
-    pretrained: the masked LM whose encoder it starts from; None starts from random weights. As in BERT, all weights are
-    trained, not the head's alone.
+    pretrained: the masked LM whose encoder it starts from, or None. As in BERT, all weights are trained.
     """
     model = build_model(task=task) if pretrained is None else build_fine_tuned(pretrained, task)
-    # Steps, not epochs: however few the labels, training is as long, so that runs differ by their number alone. The
-    # sampler starts a new pass over the data, in a new order, whenever one ends.
+    # Steps, not epochs: training takes equally long with few labels and with many. The sampler starts a new pass over
+    # the data, in a new order, whenever one ends.
     labeled, batch_size = loaders.train.dataset, loaders.train.batch_size
     sampler = RandomSampler(labeled, num_samples=num_steps * batch_size, generator=loaders.train.generator)
     batches = DataLoader(labeled, batch_size, sampler=sampler, collate_fn=toy_dataset.pad_batch)
@@ -582,16 +557,14 @@ def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Te
     are left, so N rounds fill in all. With one round, masks are predicted independently given the text, so neighbors
     may contradict each other. Simplified here: a kept token stays; in the paper a later round may mask it again.
     """
-    if iterations < 1:
-        raise InputError(f"ITERATIONS = {iterations} must be at least 1: 4 works.")
+    check_constant("ITERATIONS", iterations, int, lambda n: n >= 1, "a whole number, at least 1")
     if not prompts or not all(prompts):
         raise InputError("generate needs at least one prompt, each with at least one token, such as <MASK>.")
     was_training = model.training
     model.eval()
     longest = max(map(len, prompts))
     ids = torch.tensor([p + [PAD_ID] * (longest - len(p)) for p in prompts], device=next(model.parameters()).device)
-    asked = ids == MASK_ID                                                              # (B, T), what to fill in
-    num_asked = asked.sum(dim=1, keepdim=True)                                          # (B, 1)
+    num_masks = (ids == MASK_ID).sum(dim=1, keepdim=True)                               # (B, 1), to fill in
     for i in range(1, iterations + 1):
         masked = ids == MASK_ID                                                         # (B, T), not yet kept
         logits = model(ids).float()
@@ -600,18 +573,15 @@ def generate(model, prompts: list[list[int]], iterations=ITERATIONS) -> torch.Te
         ids = torch.where(masked, best, ids)
         # Re-mask the least confident of these predictions; argsort of argsort is the rank, 0 the least confident.
         rank = confidence.masked_fill(~masked, math.inf).argsort(dim=1).argsort(dim=1)
-        ids = ids.masked_fill(masked & (rank < num_asked * (iterations - i) // iterations), MASK_ID)
+        ids = ids.masked_fill(masked & (rank < num_masks * (iterations - i) // iterations), MASK_ID)
     model.train(was_training)
     return ids
 
 
 def parse_text(text: str) -> list[int]:
-    """Typed text, such as "342 <SEP> three <MASK> forty two", to the ids of `<CLS> digits <SEP> words <SEP>`.
-
-    Numbers may be written without spaces. Raises InputError; for an unknown token, from to_ids.
-    """
-    tokens = []  # <CLS> and the last <SEP> need not be typed
-    for piece in text.split():
+    """Typed text, such as "342 <SEP> three <MASK> forty two", to the ids of `<CLS> digits <SEP> words <SEP>`."""
+    tokens = []
+    for piece in text.split():  # numbers may be typed without spaces
         tokens += list(piece) if piece.isdigit() else [piece]
     if tokens.count("<SEP>") != 1 or len(tokens) > MAX_LENGTH - 2:
         raise InputError(f"{text!r} is not of the form 'digits <SEP> words' with at most MAX_LENGTH - 2 "
@@ -624,8 +594,8 @@ def fill_in(model, texts: list[str]) -> list[str]:
     lines = []
     for text in texts:
         prompt = parse_text(text)
-        tokens = to_tokens(generate(model, [prompt])[0].tolist())
-        tokens = [f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, tokens)]
+        filled = to_tokens(generate(model, [prompt])[0].tolist())
+        tokens = [f"[{token}]" if i == MASK_ID else token for i, token in zip(prompt, filled)]
         lines.append(" ".join(tokens[1:-1]))  # without <CLS> and the last <SEP>, as it was typed
     return lines
 
@@ -655,10 +625,10 @@ def answer_fine_tuned(model, number: int) -> tuple[str, str]:
     """A number's label, or the labels of its digits: by the model, and correctly."""
     batch = toy_dataset.pad_batch([TASKS[model.task](number)])
     logits, targets = predict(model, batch)                                             # (1, T, classes), (1, T)
-    asked = targets != IGNORE
+    said, truth = (describe_labels(model.task, labels[targets != IGNORE].tolist())
+                   for labels in (logits.argmax(dim=-1), targets))
     question = " ".join(to_tokens(batch["ids"][0].tolist())[1:-1]) if model.task == "matching" else str(number)
-    return (f"{question} -> {describe_labels(model.task, logits.argmax(dim=-1)[asked].tolist())}",
-            f"{question} -> {describe_labels(model.task, targets[asked].tolist())}")
+    return f"{question} -> {said}", f"{question} -> {truth}"
 
 
 def describe_labels(task: str, labels: list[int]) -> str:
@@ -676,7 +646,7 @@ def describe_labels(task: str, labels: list[int]) -> str:
 
 
 def get_device() -> torch.device:
-    """The fastest device available: an NVIDIA GPU (cuda), an Apple one (mps), or the CPU, which is enough."""
+    """An NVIDIA GPU (cuda) if there is one, otherwise an Apple GPU (mps), otherwise the CPU, which is enough."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -684,7 +654,7 @@ def get_device() -> torch.device:
 
 def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_ff=D_FF, dropout=DROPOUT,
                 max_length=MAX_LENGTH, task="masked_lm"):
-    """A new model with random weights, on the fastest device (call torch.manual_seed first for reproducibility)."""
+    """A new model with random weights, on get_device() (call torch.manual_seed first for reproducibility)."""
     return EncoderOnlyTransformer(d_model, num_layers, num_heads, d_ff, dropout, max_length, task).to(get_device())
 
 
@@ -746,10 +716,8 @@ def check_constants() -> None:
     """Validate all constants before training starts, not after it. Raises InputError, or OSError."""
     check_writable(CHECKPOINT)
     check_training(NUM_EPOCHS, LEARNING_RATE)
-    check_constant("MASK_PROBABILITY", MASK_PROBABILITY, (int, float), lambda p: 0 < p <= 1,
-                   "a number above 0 and at most 1: 0.15 works")
-    check_constant("FINE_TUNING_LEARNING_RATE", FINE_TUNING_LEARNING_RATE, (int, float), lambda x: x > 0,
-                   "a number above 0: 1e-3 works")
+    check_constant("MASK_PROBABILITY", MASK_PROBABILITY, (int, float), lambda p: 0 < p <= 1, "above 0 and at most 1")
+    check_constant("FINE_TUNING_LEARNING_RATE", FINE_TUNING_LEARNING_RATE, (int, float), lambda x: x > 0, "positive")
     for name, value in [("FINE_TUNING_STEPS", FINE_TUNING_STEPS), ("ITERATIONS", ITERATIONS)]:
         check_constant(name, value, int, lambda n: n >= 1, "a whole number, at least 1")
     check_constant("NUM_LABELS", NUM_LABELS, list, lambda counts: all(isinstance(n, int) and n >= 1 for n in counts),
@@ -799,8 +767,7 @@ def save(model, path=CHECKPOINT) -> None:
 def load(path=CHECKPOINT, model=None):
     """The model saved at path, in evaluation mode. model: what to load into (build_model() unless given).
 
-    Raises InputError if the file is not a checkpoint of this model with these constants; FileNotFoundError if there is
-    none.
+    Raises InputError if it is not a checkpoint of this model with these constants, FileNotFoundError if it is missing.
     """
     model = build_model() if model is None else model
     remedy = "To train a new one, run this file without arguments; the old one is kept beside it, as *.old."
@@ -830,16 +797,15 @@ def load(path=CHECKPOINT, model=None):
 class BayesOptimalPredictor(nn.Module):
     """ids (B, T) -> logits (B, T, V), as a masked LM's, but computed: in expectation no model can do better.
 
-    Some masked tokens cannot be known, such as a digit whose word is masked too. How many, and what do they cost? The
-    language can be enumerated, so Bayes' rule answers. For a corrupted text c, and the text x of each number with as
-    many digits and words (masking hides neither count; all numbers of a length are equally likely, as a model cannot
-    learn which of them are held out):
+    Some masked tokens cannot be known, such as a digit whose word is masked too. As all texts are known, Bayes' rule
+    gives their probabilities: for a corrupted text c, and the text x of each number with as many digits and words
+    (masking hides neither count; all are equally likely, as a model cannot learn which of them are held out),
 
         P(x | c)  is proportional to  P(c | x)  =  product over positions j of P(c_j | x_j)
 
     where P(c_j | x_j) is what mask_tokens does to one token. Summed over all x with token t at position j, this gives
-    P(x_j = t | c). That the loss asks about j is evidence, too: if it is not masked, it may well have been replaced. So
-    for the answer at j itself, P(c_j | x_j) becomes P(c_j, chosen | x_j).
+    P(x_j = t | c). That j was chosen is evidence too: a chosen token that is not <MASK> may well be random. So for the
+    target at j itself, P(c_j | x_j) becomes P(c_j, chosen | x_j).
     """
 
     def __init__(self):
@@ -919,9 +885,8 @@ def show_pretraining_gain(pretrained) -> None:
     batch_size, rates = max(1, BATCH_SIZE // 2), (FINE_TUNING_LEARNING_RATE / 2, FINE_TUNING_LEARNING_RATE)
     matches = fmean(toy_dataset.matching_example(number)["match"] for number in toy_dataset.make_splits().test[:2000])
     print("\nTHE EFFECT OF PRETRAINING: exact match on 2,000 held-out numbers, mean of three seeds (lowest to\n"
-          f"highest), after {FINE_TUNING_STEPS} steps of {batch_size}, with the better of two learning rates (on "
-          "validation numbers, with\nthe most labels, for each task and start). "
-          f"Chance, in matching: {max(matches, 1 - matches):.1%}\n\n"
+          f"highest), after {FINE_TUNING_STEPS} steps of {batch_size}, with the better of two learning rates for "
+          f"each task and start\n(the more common class alone, in matching: {max(matches, 1 - matches):.1%})\n\n"
           f"  {'task':10}{'labels':>8}{'from scratch':>26}{'pretrained':>26}")
     bar = tqdm(desc="fine-tuning", ascii=True, ncols=95, mininterval=0.5)
 
@@ -937,7 +902,7 @@ def show_pretraining_gain(pretrained) -> None:
         for start in (None, pretrained):
             on_validation = {rate: evaluate(tune(start, most, task, SEED, rate), most.validation)["exact_match"]
                              for rate in rates}
-            best = max(rates, key=on_validation.get)
+            best = max(rates, key=on_validation.get)  # with the most labels; used for all numbers of labels
             results.append([[evaluate(tune(start, loaders[n], task, seed, best), islice(most.test, 2))["exact_match"]
                              for seed in (SEED, SEED + 1, SEED + 2)] for n in sizes])
         for n, scratch, tuned in zip(sizes, *results):
@@ -962,23 +927,22 @@ def show_neighbors(models: dict) -> None:
         for query, cosines, nearest in zip(queries, *(best.tolist() for best in similarity.topk(4, dim=1))):
             print(f"  {task:10}{query:>7}: "
                   + ", ".join(f"{numbers[i]} ({cosine:.3f})" for cosine, i in zip(cosines, nearest)))
-    print("  Pretraining puts no loss on <CLS>, and counting shapes it for counting. Encoders for search are\n"
+    print("  Pretraining puts no loss on <CLS>, and counting trains it to count words. Encoders for search are\n"
           "  fine-tuned for similarity (Reimers & Gurevych 2019, Sentence-BERT).")
 
 
+@torch.inference_mode()
 def show_mask_predict(model, counter) -> None:
     """Generation with a model that was trained to fill gaps, and what that takes."""
     numbers = toy_dataset.make_splits().test[:500]
     names = [number_to_words(number) for number in numbers]
     prompts = [to_ids(["<CLS>", *str(number), "<SEP>"]) for number in numbers]
-    with torch.inference_mode():
-        batch = toy_dataset.pad_batch([TASKS["counting"](number) for number in numbers])
-        labels = predict(counter.eval(), batch)[0].argmax(dim=-1)                       # (B, 1)
-    true_lengths = [len(name) for name in names]
-    predicted_lengths = [label + 1 for label in labels.flatten().tolist()]
+    questions = toy_dataset.pad_batch([TASKS["counting"](number) for number in numbers])
+    counts = predict(counter.eval(), questions)[0].argmax(dim=-1) + 1                   # (B, 1), predicted
+    true_lengths, predicted_lengths = [len(name) for name in names], counts.flatten().tolist()
     print("\nMASK-PREDICT: generation with a model trained to fill gaps. Exact match on 500 held-out names,\n"
           f"by what is masked and by rounds\n\n  {'':36}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
-    rng = random.Random(SEED)  # which words are masked: the same in each run, and for each number of rounds
+    rng = random.Random(SEED)  # which words are masked
     for label, share, lengths in [("one word masked", 0, true_lengths), ("half of the words masked", 0.5, true_lengths),
                                   ("all words masked, true length", 1, true_lengths),
                                   ("all words masked, predicted length", 1, predicted_lengths)]:
@@ -987,12 +951,9 @@ def show_mask_predict(model, counter) -> None:
             masked = set(rng.sample(range(length), max(1, round(share * length))))
             words = ["<MASK>" if i in masked else name[i] for i in range(length)]
             texts.append(prompt + to_ids([*words, "<SEP>"]))
-        row = []
-        for iterations in (1, 4, 10):
-            filled = generate(model, texts, iterations)
-            right = sum(to_tokens(ids.tolist())[len(p):-1] == name for ids, p, name in zip(filled, prompts, names))
-            row.append(f"{right / len(names):11.1%}")
-        print(f"  {label:36}" + "".join(row))
+        results = [zip(generate(model, texts, iterations).tolist(), prompts, names) for iterations in (1, 4, 10)]
+        shares = (fmean(to_tokens(ids)[len(p):-1] == name for ids, p, name in result) for result in results)
+        print(f"  {label:36}" + "".join(f"{share:11.1%}" for share in shares))
     print("  Why generation is hard for it: the length must be given first, the words of a round are predicted\n"
           "  independently, and in training most of the text was visible.")
 
@@ -1069,9 +1030,8 @@ def main(*questions: int | str) -> None:
     show_neighbors(models)
     show_mask_predict(models["masked_lm"], models["counting"])
     show_pretraining_gain(models["masked_lm"])
-    print("\nNext: python encoder_only.py 342 '90210 <SEP> ninety <MASK> two hundred ten', or change a\n"
-          "constant at the top and run it again; then `diff encoder_only.py decoder_only.py`: what makes a\n"
-          "GPT of a BERT.")
+    print("\nNext: python encoder_only.py 342 '90210 <SEP> ninety <MASK> two hundred ten', or change a constant\n"
+          "at the top; then `diff encoder_only.py decoder_only.py` shows what turns BERT into GPT.")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def train_and_show(module, model, loaders) -> list:
 
 
 def main() -> None:
-    """Train and show the three models, each with the same seed, and print a summary table."""
+    """Train all three models with the same seed, and print a summary table."""
     start = time.perf_counter()
     print(f"THREE TRANSFORMERS, ONE SMALL LANGUAGE: numbers of up to {MAX_DIGITS} digits and their English names.\n"
           f"  90210 <-> {' '.join(number_to_words(90210))}\n"

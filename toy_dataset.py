@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 # CONSTANTS
 # ======================================================================================================
 
-MAX_DIGITS = 6           # longest number, in digits: 6 is "below a million". Try 9 (a billion) or 12 (a trillion).
+MAX_DIGITS = 6           # longest number, in digits: 6 is "below a million". Try 9 (a billion), 12 (a trillion).
 NUM_TRAIN = 10_000       # training numbers: 1% of the language, if MAX_DIGITS is 6. Try 1_000: what breaks first?
 NUM_VALIDATION = 2_000   # held out; evaluated during training to monitor progress
 NUM_TEST = 20_000        # held out; used only after training: the accuracies that count
@@ -268,9 +268,9 @@ def matching_example(number: int) -> dict:
     ids      <CLS> 2 4 3 <SEP> three hundred forty two <SEP>
     match    0                                    (class 0: no, class 1: yes)
 
-    Half of the pairs match, on average. In the others one digit is replaced, or two digits are exchanged, which leaves
-    the bag of tokens as it is: only the order reveals it (the idea of PAWS, Zhang et al. 2019). The name is always that
-    of `number`, so pairs from different splits are different pairs.
+    Half of the pairs match, on average. In the others one digit is replaced, or two digits are swapped, which leaves
+    the bag of tokens unchanged, so only the order reveals it (as in PAWS, Zhang et al. 2019). The name is always that
+    of `number`, so no pair is in two splits.
     """
     rng = random.Random(number)  # the same pair for the same number, every time
     match, other = rng.randrange(2), number
@@ -375,7 +375,7 @@ def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | 
 
 
 # ======================================================================================================
-# SUMS OVER ALL NUMBERS: for what the best possible model would reach
+# SUMS OVER ALL NUMBERS: for the best possible predictor
 # ======================================================================================================
 
 
@@ -384,9 +384,9 @@ def log_sum_over_numbers(scores: torch.Tensor, num_digits: int) -> torch.Tensor:
 
     scores (B, T, V) -> (B). A text is `<CLS> digits <SEP> words <SEP>` (masked_lm_example), with T tokens in all.
 
-    Not a million terms: a name is made group by group (ninety thousand | two hundred ten), and the groups share nothing
-    but their positions, given by the number of words before. So the sum is over each group's 1,000 values, for each
-    number of words before it: dynamic programming, as in the forward algorithm of hidden Markov models.
+    This does not take a million terms. A name consists of groups (ninety thousand | two hundred ten) that depend on
+    each other only through their positions, that is, the number of words before them. So the sum is over each group's
+    1,000 values, for each number of words before it: dynamic programming, like the forward algorithm of HMMs.
     """
     num_words = scores.size(1) - num_digits - 3  # <CLS> and two <SEP>
     sums = {0: scores.new_zeros(len(scores))}    # number of words so far -> log of the sum over the groups so far, (B)
@@ -405,9 +405,9 @@ def log_sum_over_numbers(scores: torch.Tensor, num_digits: int) -> torch.Tensor:
 
 @cache
 def digit_groups(num_digits: int) -> list[tuple[int, int, dict[int, torch.Tensor]]]:
-    """The digits that are named together, three at most: where they start and end, and their possible values.
+    """The groups of up to three digits that are named together: where each starts and ends, and its possible values.
 
-    The values are given by number of words, as ids (N, digits + words): with two words, `2 0 0 two hundred` among them.
+    The values are listed by number of words, as ids (N, digits + words): `2 0 0 two hundred`, for one, under two words.
     """
     groups, start = [], 0
     while start < num_digits:

@@ -1,12 +1,13 @@
-"""break_it.py - the lab: classic mistakes, each made on purpose in a copy of the code, retrained, and looked at.
+"""break_it.py - the lab: classic bugs, each planted in a copy of the code, which is then retrained and evaluated.
 
     python tests/break_it.py                       all of them (half an hour on two CPU cores)
     python tests/break_it.py "no scale"            only those named
 
-For each it prints what one would expect, what was seen, beside the unbroken code, and which test goes red.
-`loss` is the last training loss, `exact` the share of held-out numbers answered rightly when the true text is shown (as
-evaluate does it), `written` the same when the model writes alone. Not every mistake shows at this size. That is the
-lesson: a model that learns is no proof of code that is right, which is what the tests are for.
+For each it prints the expected symptom, the metrics of the unbroken and of the broken code, and the first failing test.
+`loss` is the last training loss, `exact` the exact match on 2,000 held-out numbers as evaluate computes it, with the
+true text as input, and `written` that of generated answers on 500: greedy (decoder_only), by beam search
+(encoder_decoder), or by mask-predict with the true number of masks (encoder_only). Not every bug shows at this size,
+and that is the lesson: a model that learns does not prove that its code is correct. That is what the tests are for.
 """
 
 import re
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class Break(NamedTuple):
-    """One mistake: in a file, the text `old` (which stands there exactly once) becomes `new`."""
+    """One bug: in `file`, the text `old`, which must occur exactly once, becomes `new`."""
 
     name: str
     file: str
@@ -34,50 +35,50 @@ BREAKS = [
     Break("no scale", "decoder_only", " / math.sqrt(query.size(-1)) ", " ",
           "scores too large, softmax saturated, slower learning"),
     Break("no causal mask", "decoder_only", ".tril(diagonal=S - T)", "",
-          "the loss falls below what is possible: it reads the answer. Alone it writes nonsense"),
+          "inputs leak the targets: the loss falls below the entropy of the data; generates nonsense"),
     Break("causal mask shifted by one", "decoder_only", ".tril(diagonal=S - T)", ".tril(diagonal=S - T + 1)",
-          "each position sees its own target: loss near 0, nonsense when it writes alone"),
+          "each position sees its own target: loss near 0; generates nonsense"),
     Break("no positions", "decoder_only", "x + self.positional_encoding(positions)", "x",
-          "order is known only through the causal mask: worse"),
+          "order is visible only through the causal mask: worse"),
     Break("positions forget the cache", "decoder_only", "self.embed(ids[:, start:], positions[:, start:])",
           "self.embed(ids[:, start:], positions[:, :ids.size(1) - start])",
-          "trains as ever; with the cache every new token believes that it is the first"),
+          "training is unaffected; with the cache every new token gets position 0"),
     Break("padding is attended to", "decoder_only", "mask = make_padding_mask(ids) ",
           "mask = make_padding_mask(ids) | True ",
-          "padding stands on the right in training, behind the causal mask: nothing, until prompts are padded left"),
+          "no effect in training (right padding is behind the causal mask); breaks prompts padded on the left"),
     Break("no residual around attention", "decoder_only", "x = x + self.dropout(self.attention(",
-          "x = self.dropout(self.attention(", "gradients lose their straight road: it learns worse"),
+          "x = self.dropout(self.attention(", "no identity path around attention: deep stacks train worse"),
     Break("no final norm", "decoder_only", "F.linear(self.final_norm(x), ", "F.linear(x, ",
-          "logits of any size: a rough start"),
+          "unnormalized logits: a high initial loss"),
     Break("-1e9 for masked scores", "decoder_only", "torch.finfo(scores.dtype).min", "-1e9",
-          "nothing in float32; in float16 it does not fit"),
+          "no effect in float32; overflows in float16"),
     Break("targets not shifted", "toy_dataset", "    targets = text[1:]\n", "    targets = text[:-1]\n",
-          "it learns to repeat its input: loss near 0, nothing right"),
+          "learns to copy its input: loss near 0, exact match 0"),
     Break("padding counts in the loss", "toy_dataset", 'filler = IGNORE if field in ("targets", "places") else PAD_ID',
-          "filler = PAD_ID", "the loss looks better than it is: padding is easy"),
+          "filler = PAD_ID", "the loss looks too good: padding is easy to predict"),
     Break("gradients never zeroed", "decoder_only", "    optimizer.zero_grad() ", "    pass #",
-          "each step follows the sum of all gradients so far"),
+          "gradients accumulate over all steps so far"),
     Break("decay on everything", "decoder_only", '{"params": others, "weight_decay": 0.0}',
-          '{"params": others, "weight_decay": WEIGHT_DECAY}', "embeddings and norms shrink a little"),
+          '{"params": others, "weight_decay": WEIGHT_DECAY}', "embeddings, norm scales and biases are pulled toward 0"),
     Break("no learning-rate decay", "decoder_only", "return lowest + (peak - lowest) * 0.5", "return peak + 0.0",
-          "it goes on jumping around the best weights"),
+          "keeps oscillating around the minimum"),
     Break("dropout left on", "decoder_only", "    was_training = model.training\n    model.eval()\n    loss_sum",
-          "    was_training = model.training\n    loss_sum", "nothing while DROPOUT is 0; random answers otherwise"),
+          "    was_training = model.training\n    loss_sum", "no effect while DROPOUT is 0; noisy metrics otherwise"),
     Break("top-p drops the crossing token", "decoder_only", "before >= p", "before + probabilities >= p",
-          "greedy is as ever; sampling keeps one token too few"),
+          "greedy is unaffected; sampling drops a token, and fails if that was the only one"),
     Break("no cross-attention", "encoder_decoder", "x = x + self.dropout(\n            self.cross_attention(",
-          "x = x + 0 * self.dropout(\n            self.cross_attention(", "it cannot see the digits: fluent, wrong"),
+          "x = x + 0 * self.dropout(\n            self.cross_attention(", "never sees the digits: fluent but wrong"),
     Break("the source's padding is seen", "encoder_decoder", "        memory_mask = make_padding_mask(source) ",
-          "        memory_mask = make_padding_mask(source) | True #", "short numbers depend on the rest of the batch"),
+          "        memory_mask = make_padding_mask(source) | True #", "short sources depend on the rest of the batch"),
     Break("the cache stays behind its beam", "encoder_decoder", "parent.gather(1, best))[going]",
-          "torch.arange(best.size(1), device=device) % K)[going]", "greedy is as ever; beams mix up texts"),
+          "torch.arange(best.size(1), device=device) % K)[going]", "greedy is unaffected; beams read others' caches"),
     Break("special tokens are masked too", "encoder_only", "(ids >= len(SPECIAL_TOKENS)) & (chance", "(chance",
-          "some of the lessons are about `<CLS>` and `<SEP>`: easy ones"),
+          "some targets are `<CLS>`, `<SEP>` and `<PAD>`, which are easy to predict"),
     Break("what is not hidden counts too", "encoder_only", "ids.masked_fill(~chosen, IGNORE)", "ids",
-          "most of the loss is copying: it looks excellent"),
+          "most targets are copies of the input: the loss looks too good"),
     Break("values rotated too", "variations/positional_encodings", "rotate(key, positions, self.base)\n",
           "rotate(key, positions, self.base)\n        value = rotate(value, positions, self.base)\n",
-          "what a head reads depends on where it stands: trains all the same, generalizes worse to longer texts"),
+          "what a head reads depends on its position: trains equally well, generalizes worse to longer texts"),
     Break("keys cached before rotating", "variations/positional_encodings",
           "        query, key = rotate(query, positions, self.base), rotate(key, positions, self.base)\n"
           "        if cache is not None:\n            key, value = cache.append(key, value) ",
@@ -97,7 +98,7 @@ BREAKS = [
           "1 / (wide.square().mean(dim=-1, keepdim=True).sqrt() + EPSILON)",
           "no visible effect, except on vectors near 0"),
 ]
-# How a broken variation is put into the model that is retrained: `v` is the variation.
+# How a broken variation is put into the model that is retrained; `v` is its module.
 EXCHANGES = {
     "variations/positional_encodings": 'v.exchange(model, "RoPE")',
     "variations/llama": "v.exchange(model, v.PARTS)",
@@ -124,27 +125,27 @@ else:
 right = sum(text == " ".join(number_to_words(n)) for n, text in zip(numbers, said)) / len(numbers)
 print(f"loss {{history[-1]['loss']:.3f}}, exact {{history[-1]['exact_match']:.1%}}, written {{right:.1%}}")
 """
-# Not the twins' test: it would see every one of them, for a mistake stands in one file only.
+# Not test_twins: it fails for every bug in an architecture file, as each changes one file only.
 TESTS = ["test_toy_dataset", "test_all_architectures", "test_decoder_only", "test_encoder_decoder", "test_encoder_only"]
 
 
 def copy_code(folder: Path) -> None:
-    """The repository's code, without pictures and checkpoints."""
+    """Copy the repository, without figures and checkpoints."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "figures", "checkpoints", "__pycache__"),
                     dirs_exist_ok=True)
 
 
 def apply(mistake: Break, folder: Path) -> None:
-    """Make the mistake in the copy. Raises ValueError if its text does not stand there exactly once."""
+    """Plant the bug in the copy. Raises ValueError unless its text occurs exactly once."""
     path = folder / f"{mistake.file}.py"
     source = path.read_text()
     if source.count(mistake.old) != 1:
-        raise ValueError(f"{mistake.name}: {mistake.old!r} stands {source.count(mistake.old)} times in {path.name}")
+        raise ValueError(f"{mistake.name}: {mistake.old!r} occurs {source.count(mistake.old)} times in {path.name}")
     path.write_text(source.replace(mistake.old, mistake.new))
 
 
 def train_briefly(file: str, folder: Path) -> str:
-    """Train two epochs; returns the metrics. A variation is trained inside the decoder, as is the data."""
+    """Train two epochs; returns the metrics. Bugs in variations and in the data are measured with the decoder."""
     module = file if file in ("encoder_only", "decoder_only", "encoder_decoder") else "decoder_only"
     name = file.removeprefix("variations/")
     exchange = f"from variations import {name} as v; {EXCHANGES[file]}" if file in EXCHANGES else ""
@@ -154,7 +155,7 @@ def train_briefly(file: str, folder: Path) -> str:
 
 
 def first_red_test(file: str, folder: Path) -> str:
-    """The first test that sees a break in this file. A variation has one test file of its own."""
+    """The first test that fails because of a bug in this file. Each variation has its own test file."""
     tests = [f"variations/test_{file.removeprefix('variations/')}"] if file.startswith("variations/") else TESTS
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no",
                *(f"tests/{name}.py" for name in tests)]
@@ -164,7 +165,7 @@ def first_red_test(file: str, folder: Path) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Make the mistakes that were named, or all."""
+    """Plant the named bugs, or all of them, one at a time."""
     baselines = {}
     for mistake in BREAKS:
         if names and mistake.name not in names:

@@ -1,14 +1,14 @@
 """kill_train_all.py - kills train_all.py at random moments and shows that nothing is lost.
 
-    python tests/kill_train_all.py         20 kills: some minutes
+    python tests/kill_train_all.py         20 kills: a few minutes
     python tests/kill_train_all.py 100     100 kills
 
 Each run is the script itself, in a copy of the folder with small models, a checkpoint after every step, dropout, and
 encoder_only's pretraining and fine-tuning, so that masks, dropout, order, optimizer, best weights and runs that start
-from another are all at stake. It runs once undisturbed. Then it is started, killed at a random moment of its training
-(SIGKILL on POSIX, TerminateProcess on Windows: no chance to clean up), and started again, until it finishes; and all
-over again, until the kills are done. After each kill, every checkpoint must be a complete file. Each finished run must
-have the undisturbed run's weights, optimizer state and history, to the last bit.
+from another are all covered. It runs once undisturbed. Then it is started, killed at a random moment of its training
+(SIGKILL on POSIX, TerminateProcess on Windows: no chance to clean up), and started again, until it finishes; new runs
+follow until all kills are done. After each kill, every checkpoint must be a complete file. Each finished run must have
+exactly the undisturbed run's weights, optimizer state and history.
 
 SEED fixes the random delays; what the script is doing when a delay ends still depends on the machine's speed.
 """
@@ -41,7 +41,7 @@ SMALL = {
 
 
 def small_copy(folder: Path, **constants) -> Path:
-    """A copy of the scripts in which the constants of SMALL, and those of train_all.py that are given, are changed."""
+    """A copy of the scripts with the constants of SMALL, and with the given ones in train_all.py."""
     folder.mkdir()
     for file in ROOT.glob("*.py"):
         source = file.read_text()
@@ -53,7 +53,7 @@ def small_copy(folder: Path, **constants) -> Path:
 
 
 def start(folder: Path, *command: str, **variables: str) -> subprocess.Popen:
-    """Start train_all.py in a folder; command: what to start it with, instead of python; variables: its environment."""
+    """Start train_all.py in a folder; command: replaces `python`; variables: added to its environment."""
     # One thread: two processes with two threads each would wait for one another on a machine with two cores.
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.Popen([*(command or [sys.executable]), "train_all.py"], cwd=folder, text=True, env=variables,
@@ -65,7 +65,7 @@ def run(folder: Path, *command: str) -> tuple[str, str]:
     process = start(folder, *command)
     try:
         printed, errors = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:  # processes that wait for each other, for ever
+    except subprocess.TimeoutExpired:  # processes that wait for each other forever
         process.terminate()
         raise
     assert process.returncode == 0, errors
@@ -73,13 +73,13 @@ def run(folder: Path, *command: str) -> tuple[str, str]:
 
 
 def files_of(folder: Path) -> dict:
-    """All checkpoints and histories in a folder, read; to read them shows that they are whole."""
+    """The contents of all checkpoints and histories in a folder; reading them shows that they are complete."""
     files = {path.relative_to(folder): torch.load(path, weights_only=True) for path in folder.rglob("*.pt")}
     return files | {path.relative_to(folder): json.loads(path.read_text()) for path in folder.rglob("*.json")}
 
 
 def differences(found, expected, place="") -> list[str]:
-    """Where two nested structures of tensors, numbers and texts differ, to the last bit; seconds may."""
+    """Where two nested structures of tensors, numbers and strings differ at all, times in seconds excepted."""
     if isinstance(expected, dict) and isinstance(found, dict) and found.keys() == expected.keys():
         return [line for key in expected if key != "seconds"
                 for line in differences(found[key], expected[key], f"{place}/{key}")]

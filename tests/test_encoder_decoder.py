@@ -231,7 +231,7 @@ def test_a_higher_length_penalty_favours_longer_texts(trained_encoder_decoder):
 
 
 @pytest.mark.parametrize("settings, name", [
-    (dict(beam_width=0), "beam width"), (dict(length_penalty=-1), "length penalty"),
+    (dict(beam_width=0), "BEAM_WIDTH"), (dict(length_penalty=-1), "LENGTH_PENALTY"),
     (dict(max_new_tokens=0), "max_new_tokens")])
 def test_settings_that_mean_nothing_are_refused(settings, name):
     with pytest.raises(ValueError, match=f"(?i){name}"):

@@ -1,12 +1,12 @@
-"""try_constants.py - sets one constant at a time to the values that its comment says to try, and shows what happens.
+"""try_constants.py - sets one constant at a time to the values that its comment suggests, and shows what happens.
 
     python tests/try_constants.py                    all three architecture files (half an hour on two CPU cores)
     python tests/try_constants.py decoder_only       one of them
     python tests/try_constants.py decoder_only NUM_LAYERS NUM_HEADS
 
-Each run is the script itself, in a copy of the folder in which a checkpoint of the unchanged file lies around, with a
-shorter training than by default (see SHORT), so that a table takes minutes. Differences of a percent or so are noise;
-run the file by itself to see a change at full length. "refused" rows show the sentence with which the script refused.
+Each run is the script itself, in a copy of the folder that also holds a checkpoint of the unchanged file, with shorter
+training than by default (see SHORT), so that a table takes minutes. Differences of about a percentage point are seed
+noise; run the file by itself to see a change at full length. "refused" rows show the script's error message.
 """
 
 import re
@@ -24,7 +24,7 @@ NUM_TEST = 2_000
 
 
 def values_to_try(source: str) -> list[tuple[str, str]]:
-    """All (constant, value) pairs that the comments beside the constants propose: `D_MODEL = 128  # ... Try 32, 256`.
+    """All (constant, value) pairs that the comments beside the constants suggest: `D_MODEL = 128  # ... Try 32, 256`.
 
     >>> values_to_try("WIDTH = 1  # how wide. Try 2 (too wide, (very)), 3.5e-1: no more, None\\n")
     [('WIDTH', '2'), ('WIDTH', '3.5e-1'), ('WIDTH', 'None')]
@@ -37,7 +37,7 @@ def values_to_try(source: str) -> list[tuple[str, str]]:
 
 
 def set_constants(path: Path, constants: dict) -> None:
-    """Rewrite `NAME = ...` in a file; a name that it does not have is left out, one that it sets twice is refused."""
+    """Rewrite `NAME = ...` in a file; skips names that it lacks. Raises ValueError for one set twice."""
     source = path.read_text()
     for name, value in constants.items():
         source, count = re.subn(rf"^{name} = [^#\n]*", f"{name} = {value}  ", source, flags=re.MULTILINE)
@@ -47,7 +47,7 @@ def set_constants(path: Path, constants: dict) -> None:
 
 
 def run(name: str, folder: Path, constants: dict) -> str:
-    """Run a script with changed constants, in a folder that may hold an older checkpoint. Returns what came of it."""
+    """Run a script with changed constants, in a folder that may hold an older checkpoint. Returns a summary."""
     for file in ROOT.glob("*.py"):
         shutil.copy(file, folder)
     set_constants(folder / f"{name}.py", SHORT | constants)
@@ -64,13 +64,13 @@ def run(name: str, folder: Path, constants: dict) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Try them all, or those that were named."""
+    """Try all constants, or the named ones."""
     names = [name for name in arguments if name in FILES] or FILES
     wanted = [constant for constant in arguments if constant not in FILES]
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             print(f"\n{name}.py, {SHORT['NUM_EPOCHS']} epochs, tested on {NUM_TEST:,} held-out numbers", flush=True)
-            print(f"  {'as it stands':28}{run(name, Path(folder), {})}", flush=True)
+            print(f"  {'unchanged':28}{run(name, Path(folder), {})}", flush=True)
             for constant, value in values_to_try((ROOT / f"{name}.py").read_text()):
                 if not wanted or constant in wanted:
                     print(f"  {f'{constant} = {value}':28}{run(name, Path(folder), {constant: value})}", flush=True)
