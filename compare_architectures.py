@@ -60,8 +60,8 @@ NUM_EPOCHS = 2         # passes over the training numbers. Try 1 (which cells le
 #   decoder-only       1.5 / 99.4 / 94.6     1.5 / 99.6 / 97.6     5.6 / 99.4 / 98.6
 #   encoder-decoder  100.0 /100.0 / 83.4   100.0 /100.0 / 92.8   100.0 /100.0 / 95.8
 LEARNING_RATES = {"encoder_only": 4e-3, "decoder_only": 8e-3, "encoder_decoder": 8e-3}
-NUM_SEEDS = 3          # training runs per cell. Try 5: more time, wider ranges
-SEED = 0               # decides all seeds; no two values share one. Try 1, 2: do the verdicts hold?
+NUM_SEEDS = 3          # training runs per cell. Try 5: the ranges can only widen
+SEED = 0               # the seeds of all runs follow from it. Try 1, 2: do the verdicts hold?
 
 # --- evaluation ---
 NUM_TESTED = 2_000     # held-out numbers per run. Try 300 (noisier), 20_000
@@ -81,7 +81,7 @@ SIZES = {"d_model": D_MODEL, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "
 SEEDS = [NUM_SEEDS * SEED + i for i in range(NUM_SEEDS)]
 LONGEST = MAX_DIGITS + 1 + MAX_WORDS + 1  # digits, <SEP>, words, <EOS>: the longest text of the language
 DIGIT_IDS = torch.tensor(to_ids(DIGITS))
-# Decoding settings are given in full, so that the constants of the architecture files have no say here.
+# Decoding settings are given in full, so that those at the top of the architecture files do not matter here.
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
 SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": TOP_P}
 COUNTS = ["BATCH_SIZE", "NUM_EPOCHS", "NUM_SEEDS", "NUM_TESTED", "NUM_SAMPLES", "NUM_TIMED", "NUM_ROUNDS", "BEAM_WIDTH",
@@ -222,7 +222,7 @@ class Cell(NamedTuple):
 
     module: ModuleType
     task: str
-    native: bool                   # is it the task that this architecture was designed for?
+    native: bool                   # is it the task that the architecture was designed for?
     how: str                       # how it does the task
     make_example: Callable         # number -> training example
     answer: Callable               # (model, numbers) -> texts, one for each number
@@ -266,7 +266,7 @@ AFTER_READING = Cell(decoder_only, "understand after reading", False, "reads all
 
 
 def check_constants() -> None:
-    """Refuse constants that cannot be measured with, or that would make the comparison unfair. Raises InputError."""
+    """Reject constants that cannot work, or that would make the comparison unfair. Raises InputError."""
     num_test = len(toy_dataset.make_splits().test)
     counts = {name: globals()[name] for name in COUNTS}
     for name, value in (counts | {"the shortest of CACHE_LENGTHS": min(CACHE_LENGTHS, default=0)}).items():
@@ -460,10 +460,10 @@ def causal_ceiling(numbers: list[int]) -> tuple[float, list[float]]:
     """The best expected accuracy of ANY causal tagger on the place values of these numbers, however large it is:
     over all digits, and by position.
 
-    It must label digit i having seen the digits up to i and nothing else, so the label depends on how many follow.
-    Within each length the numbers are drawn uniformly, so the digits themselves say nothing about the length; only
-    their count does: there are at least i. The Bayes-optimal tagger answers, at each position, for the most common
-    length among those still possible, and at position i it is correct for
+    It must label digit i having seen only the digits up to i, while the label depends on how many follow. Within each
+    length the numbers are drawn uniformly, so the digits themselves say nothing about the length; only their count
+    does: there are at least i. At each position, the Bayes-optimal tagger assumes the most common length among those
+    still possible. At position i it is correct for
 
         max over the lengths L >= i of (how many numbers have L digits)
 
@@ -577,7 +577,7 @@ def differ(values: list[float], others: list[float]) -> bool:
     """Do two sets of runs differ beyond seed noise? Their ranges are disjoint, and their means at least MARGIN apart.
 
     Three runs against three have disjoint ranges by chance in one case of ten, even where nothing differs. The margin
-    catches the smaller of these differences, so that another SEED gives the same verdict more often.
+    rules out those where both are near 100%.
     """
     disjoint = min(values) > max(others) or max(values) < min(others)
     return disjoint and abs(statistics.fmean(values) - statistics.fmean(others)) >= MARGIN
@@ -613,7 +613,7 @@ def decision_table(found: dict) -> list[tuple]:
 
 
 def guide_sentences(found: dict) -> list[str]:
-    """What the table has no rows for, in five sentences."""
+    """Five sentences for what has no row in the table."""
     wall, cache, sentences = found["wall"], found["kv_cache"], []
     sizes = {cell["architecture"]: cell["parameters"] for cell in found["cells"] if cell["task"] == "transform"}
     for greedy, beam in zip(found["beam"][::2], found["beam"][1::2]):
@@ -655,7 +655,7 @@ def show(heading: str, columns: str, rows: list[tuple]) -> None:
 
 
 def show_measurements(found: dict) -> None:
-    """All tables but the guide."""
+    """All tables except the guide."""
     show(f"THE TABLE: {NUM_SEEDS} seeds, tested on {NUM_TESTED:,} held-out numbers (generate: {NUM_SAMPLES} samples, "
          f"top-p {TOP_P}). exact: exact match in percent, mean and range over the seeds (generate: valid samples, in "
          "which digits and words agree). train: seconds. ms, passes: latency of one answer at batch size 1, and passes "
@@ -668,7 +668,7 @@ def show_measurements(found: dict) -> None:
              "after_reading": "decoder-only, after reading", "bidirectional": "encoder-only",
              "encoder_decoder": "encoder-decoder"}
     show("THE WALL: accuracy per digit on place values in percent, overall and by position from the left. How many "
-         "digits follow decides what the 3 of 342 is worth. The first row is computed, not trained: the expected "
+         "digits follow decides the place value of the 3 in 342. The first row is computed, not trained: the expected "
          "accuracy of the optimal tagger that sees only the digits so far.",
          " ".join(["all", *map(str, range(1, MAX_DIGITS + 1))]),
          [(name, *(f"{100 * share:.1f}" for share in [wall[key], *wall["by_position"][key]]))
@@ -691,7 +691,7 @@ def show_measurements(found: dict) -> None:
 
 
 def show_guide(found: dict) -> None:
-    """The decision guide: one table, and what it has no rows for."""
+    """The decision guide: a table, and sentences for what has no row in it."""
     show(f"DECISION GUIDE: percent, mean and range over {NUM_SEEDS} seeds; milliseconds. Two choices are equal "
          f"unless their ranges are disjoint and their means at least {100 * MARGIN:g} apart. The best choice is the "
          "fastest of those equal to the most accurate; if several are about as fast, the first.",
@@ -725,7 +725,7 @@ def all_constants() -> dict:
 
 
 def save(found: dict) -> None:
-    """Write all numbers, five digits of each. Atomic: COMPARISON is always a whole file, the old one or the new."""
+    """Write all numbers, five digits of each. Atomic: COMPARISON is always a complete file, the old one or the new."""
     found = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.5g}"))
     temporary = COMPARISON.with_name(COMPARISON.name + ".tmp")
     temporary.write_text(json.dumps(found, indent=1) + "\n")

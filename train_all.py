@@ -19,7 +19,7 @@ once it takes hours and several GPUs, one technique per short function:
                                                      two machines with 8 GPUs each: run on both; HOST is one of them
 
 You will see the plan; for each model a progress bar and a line per evaluation; and a final table of exact-match
-accuracy on 20,000 held-out numbers. It takes some minutes on two CPU cores. Stop it at any time (Ctrl-C or kill -9) and
+accuracy on 20,000 held-out numbers. It takes minutes on two CPU cores. Stop it at any time (Ctrl-C or kill -9) and
 run it again: it resumes from its last checkpoint, and on a CPU the final weights are bit-identical to those of an
 uninterrupted run. The best weights of each model end up in checkpoints/, where the architecture files look for theirs:
 afterwards `python decoder_only.py 342 90210` answers with them.
@@ -69,12 +69,12 @@ NUM_EPOCHS = 20            # passes over the training numbers. Try 1, 50
 FINE_TUNING_EPOCHS = 4     # the same, for encoder_only's three fine-tuning runs. Try 1, 10
 EVALUATE_EVERY = 200       # steps between evaluations. Try 50
 EARLY_STOPPING_PATIENCE = 10  # evaluations without improvement before stopping. Try 1 (too soon?), 1000 (never)
-SEED = 0                   # initial weights, order of the data, dropout, masks. Try 1: how much of the result is luck?
+SEED = 0                   # initial weights, order of the data, dropout, masks. Try 1: how much is seed noise?
 
 # --- how a step is computed ---
 GLOBAL_BATCH_SIZE = 64     # examples per step, across all processes. Try 256 (fewer, smoother steps)
-MICRO_BATCH_SIZE = 32      # examples per forward pass: what fits in memory. Try 8: slower, and just as good?
-MIXED_PRECISION = "auto"   # "bf16", "off", or "auto": bf16 on GPUs with native support. Try "bf16" on a CPU: as good?
+MICRO_BATCH_SIZE = 32      # examples per forward pass: what fits in memory. Try 8: slower; equally accurate?
+MIXED_PRECISION = "auto"   # "bf16", "off", or "auto": bf16 on GPUs with native support. Try "bf16" on a CPU
 GRADIENT_CHECKPOINTING = False  # less memory, more time. Try True: it also prints how much memory it saves
 COMPILE = False            # torch.compile: a minute or so at the start, then faster steps. Try True
 
@@ -126,7 +126,7 @@ def say(text: str) -> None:
 
 
 def check_constants(jobs) -> None:
-    """Refuse constants that cannot work, before anything is trained. Raises InputError."""
+    """Reject constants that cannot work, before anything is trained. Raises InputError."""
     names = {job.module.__name__ for job in JOBS}
     if not jobs or not names.issuperset(ARCHITECTURES):
         raise InputError(f"ARCHITECTURES = {ARCHITECTURES} must name one or more of: {', '.join(sorted(names))}.")
@@ -168,7 +168,7 @@ def seed_for(*place) -> int:
 
 
 def micro_batches_per_step() -> int:
-    """As few as fit in memory, but one for each process: with more processes than that, each gets a smaller one."""
+    """As few as memory allows, but at least one per process: with more processes, each gets a smaller one."""
     return max(math.ceil(GLOBAL_BATCH_SIZE / MICRO_BATCH_SIZE), WORLD_SIZE)
 
 
@@ -248,13 +248,13 @@ def accumulate_gradients(job, model, batches, num_micro_batches: int, step: int)
 def update(job, model, optimizer, sums: torch.Tensor, step: int) -> tuple[float, ...]:
     """One optimizer step: normalize the summed gradient, clip, check, step. Returns the loss and the gradient norm.
 
-    The order matters: clipped before it is divided, a sum over a thousand targets would be cut to the length that is
-    meant for their mean. sums: loss sum and targets of all processes, and other values, which are returned as well.
+    The order matters: clipping before dividing would cut the sum over a thousand targets to the norm that is meant for
+    their mean. sums: loss sum and targets of all processes, and other values, which are returned as well.
     """
     num_targets = sums[1].clamp(min=1)  # no targets: avoid 0 / 0
     for parameter in model.parameters():
         parameter.grad.mul_(WORLD_SIZE / num_targets)  # DistributedDataParallel divided by WORLD_SIZE: undo that
-    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one keeps only its direction.
+    # Clip the norm of the whole gradient (Pascanu et al. 2013): a rare huge one is scaled down, its direction kept.
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), job.module.GRAD_CLIP)
     # .tolist() waits for the GPU, here and nowhere else in a step.
     loss, grad_norm, *others = torch.stack([sums[0] / num_targets, grad_norm, *sums[2:]]).tolist()
@@ -273,7 +273,7 @@ def checkpoint_layers(model) -> None:
     """Store only each layer's input, and recompute the rest in the backward pass (Chen et al. 2016).
 
     Without it, backward needs attention weights for each pair of positions and D_FF values for each position, of every
-    layer. The price is about a third more compute. checkpoint() restores the random state, so dropout repeats itself.
+    layer. The price is about a third more compute. checkpoint() restores the random state, so dropout is the same.
     """
     for stack in ("layers", "encoder", "decoder"):  # the lists of layers, as the three files name them
         for layer in getattr(model, stack, []):
@@ -281,7 +281,7 @@ def checkpoint_layers(model) -> None:
 
 
 def sample_batch(job) -> dict:
-    """A micro-batch to try things on."""
+    """A micro-batch for measurements."""
     return pad_batch([job.make_example(number) for number in toy_dataset.make_splits().train[:MICRO_BATCH_SIZE]])
 
 
@@ -296,7 +296,7 @@ def measure_memory(job, num_layers: int, checkpointing: bool) -> int:
         return tensor
 
     with mixed_precision(job), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss_sum, _ = job.module.compute_loss(model, sample_batch(job))  # a name keeps all that is stored alive
+        loss_sum, _ = job.module.compute_loss(model, sample_batch(job))  # the name keeps what is stored alive
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     return sum(size for pointer, size in stored.items() if pointer not in weights)
 
@@ -347,8 +347,8 @@ def start_processes() -> None:
 def fail_together(error: BaseException) -> None:
     """End this process because of an error. The process that fails first reports it, with its rank.
 
-    The others then fail in their next collective operation, which is only a consequence: they end silently. Who was
-    first is counted in the store, the small key-value server through which the processes found each other.
+    The others then fail in their next collective operation, as a consequence, and end silently. Which one was first is
+    recorded in the store, the small key-value server through which the processes connect.
     """
     try:
         first = store.add("failures", 1) == 1
@@ -380,7 +380,7 @@ def wrap(job, model):
     wrapped = model
     if COMPILE:
         # torch.compile (Ansel et al. 2024) traces the operations and generates kernels that fuse several of them into
-        # one pass over memory; dynamic: for all lengths at once. It does so at the first call, which is therefore here.
+        # one pass over memory; dynamic: for all lengths at once. It does so at the first call, which is made here.
         wrapped = torch.compile(model, dynamic=True)
         try:
             add_gradient(job, wrapped, sample_batch(job))
@@ -396,7 +396,8 @@ def flops_utilization(job, model, tokens_per_second: float) -> float | None:
     """6 N * tokens per second / peak FLOP/s (Chowdhery et al. 2022, appendix B); None where the peak is unknown.
 
     Each of N parameters takes part in one multiplication and one addition per token in the forward pass, and in twice
-    as many in backward. In the encoder-decoder a token passes through one of two stacks. Padding does not count.
+    as many in backward; the paper's term for attention scores, small for short texts, is left out. In the
+    encoder-decoder a token passes through one of two stacks, about half of the parameters. Padding does not count.
     """
     num_parameters = sum(p.numel() for p in model.parameters()) / (2 if job.module is encoder_decoder else 1)
     device = torch.cuda.get_device_name() if precision() == "bf16" and torch.cuda.is_available() else ""
@@ -408,7 +409,7 @@ def flops_utilization(job, model, tokens_per_second: float) -> float | None:
 # CHECKPOINTS
 # ======================================================================================================
 # NAME_last.pt holds all that is needed to resume. NAME_best.pt holds the weights that did best on the validation split,
-# in the architecture file's own format. NAME_history.json is for plots and for people.
+# in the architecture file's own format. NAME_history.json is for plots and for reading.
 
 
 def path_of(job, kind: str) -> Path:
@@ -514,7 +515,7 @@ def start_or_resume(job):
     """The model, its optimizer, and the state of its run: a new one, or the one that NAME_last.pt holds."""
     torch.manual_seed(SEED)
     model = job.module.build_model(**job.options)
-    # Together with the weights and the optimizer, this is all that a run is between two steps.
+    # Together with the weights and the optimizer, this is the whole state of a run between two steps.
     state = {"step": 0, "finished": False, "history": [], "best": None, "evaluations_since_best": 0,
              "tokens": 0, "seconds": 0.0}
     saved = from_rank_0(load_state(job, model) if RANK == 0 else None)
@@ -542,7 +543,7 @@ def evaluate_and_keep_best(job, model, state: dict, validation) -> dict:
     state["evaluations_since_best"] += 1
     if state["best"] is None or score > state["best"]:
         state["best"], state["evaluations_since_best"] = score, 0
-        if RANK == 0:  # killed before the next save_state, the run passes here again and writes the same file again
+        if RANK == 0:  # after a kill before the next save_state, the resumed run writes the same file again
             job.module.save(model, path_of(job, "best.pt"))
     return {"validation_loss": found["loss"], "exact_match": found["exact_match"]}
 
@@ -591,7 +592,7 @@ def train_one(job) -> dict:
             bar.update()
             state["finished"] = step + 1 == len(plan) or state["evaluations_since_best"] >= EARLY_STOPPING_PATIENCE
             if state["finished"] and RANK == 0:
-                # Before save_state: a run that is saved as finished does not pass here again.
+                # Before save_state: a run that is saved as finished does not come here again.
                 job.module.save(load_best(job), job.module.CHECKPOINT.with_name(f"{job.name}.pt"))
             if RANK == 0 and (state["finished"] or stopping or (step + 1) % CHECKPOINT_EVERY == 0):
                 save_state(job, model, optimizer, state)
@@ -614,7 +615,7 @@ def train_one(job) -> dict:
 
 
 def time_a_step(job) -> float:
-    """Seconds per step, roughly: one micro-batch forward and backward, the second time, times their number."""
+    """Seconds per step, roughly: the second pass of one micro-batch, forward and backward, times their number."""
     model, batch = job.module.build_model(**job.options), sample_batch(job)
     add_gradient(job, model, batch)[0].item()
     start = time.perf_counter()
@@ -623,7 +624,7 @@ def time_a_step(job) -> float:
 
 
 def show_plan(jobs) -> None:
-    """What will be trained, how, for how long, and where it goes. Checkpoints that don't fit are refused here."""
+    """What will be trained, how, for how long, and where it goes. Checkpoints of other constants are refused here."""
     num_train, rows, total = len(toy_dataset.make_splits().train), [], 0.0
     for job in jobs:
         model = job.module.build_model(**job.options)
@@ -652,7 +653,7 @@ def show_plan(jobs) -> None:
 
 
 def show_results(jobs, states) -> None:
-    """Test every model once, and summarize everything in one table."""
+    """Test every model and print one table."""
     train, validation, numbers = toy_dataset.make_splits()
     if TEST_EVERYTHING:  # without the validation numbers: they chose the best weights and the time to stop
         numbers = sorted(set(range(10**MAX_DIGITS)).difference(train, validation))

@@ -46,7 +46,7 @@ from toy_dataset import run_script, to_ids, to_tokens
 
 # --- what is shown ---
 NUMBER = 90210             # for large pictures; in no split, so no model has seen it. Try 605112
-SHORT_NUMBER = 512         # for small multiples; also held out. Try 740 or 999; more than three digits get crowded
+SHORT_NUMBER = 512         # for small multiples; also held out. Try 740 or 999; longer numbers get crowded
 NUM_TEST_BATCHES = 2       # of 1,000 test numbers each, for the accuracy in a picture's note. Try 20: all of them
 EPOCHS = 3                 # training of a model that has no checkpoint. Try 1
 EARLY_STEPS = 120          # training of the models in sampling_strategies and beam_search_tree, which must still be
@@ -117,7 +117,7 @@ def example_masks() -> dict:
 def largest_weights(sizes: list[int], num_queries=256) -> tuple[list[float], list[float]]:
     """The largest attention weight of random queries, averaged, for each d_k: without 1/sqrt(d_k), and with it.
 
-    1 means that softmax has picked a single key, 1 / NUM_KEYS that all keys count equally.
+    1 means that all weight is on a single key, 1 / NUM_KEYS that all keys have equal weight.
     """
     generator = torch.Generator().manual_seed(SEED)
     unscaled, scaled = [], []
@@ -189,7 +189,7 @@ def attention_maps(model, number: int) -> dict[str, tuple]:
     memory = model.encode(example["source"], encoder_maps)
     model.decode(example["target"], memory, example["source"], None, self_maps, cross_maps)
     source, target = tokens_of(example["source"][0]), tokens_of(example["target"][0])
-    predicted = [*target[1:], "<EOS>"]  # a row of cross-attention is named after the word that it helps to predict
+    predicted = [*target[1:], "<EOS>"]  # a row of cross-attention is labeled with the word that it helps to predict
     return {"encoder": (source, source, torch.cat(encoder_maps)), "decoder": (target, target, torch.cat(self_maps)),
             "cross": (predicted, source, torch.cat(cross_maps))}
 
@@ -202,7 +202,7 @@ def digit_word_pairs(number: int) -> list[tuple[int, int]]:
 
 
 def share_on_cells(weights: torch.Tensor, cells: list[tuple[int, int]]) -> torch.Tensor:
-    """The share of the attention in the rows of some cells (row, column) that lies on these: (..., T, S) -> (...)."""
+    """The share of attention on some cells (row, column), within their rows: (..., T, S) -> (...)."""
     rows, columns = zip(*cells)
     return weights[..., rows, columns].sum(dim=-1) / len(set(rows))
 
@@ -268,7 +268,7 @@ def influence(model, number: int) -> tuple[list[str], list[str], torch.Tensor]:
 
 @torch.no_grad()
 def beam_steps(model, number: int, width: int, num_steps: int) -> list[dict[tuple, float]]:
-    """Beam search, one dictionary per step: every text that the step keeps -> its log-probability, likeliest first.
+    """Beam search, one dictionary per step: every text that the step keeps -> its log-probability, most probable first.
 
     encoder_decoder.beam_search is the same search for a whole batch, with a cache and an early stop.
     """
@@ -291,9 +291,9 @@ def beam_steps(model, number: int, width: int, num_steps: int) -> list[dict[tupl
 def compare_searches(model, numbers: list[int], width=BEAM_WIDTH) -> tuple[dict, list[float]]:
     """Greedy search and beam search on some numbers: an example to draw, and each search's share of correct names.
 
-    The example is, of the numbers that only beam search names correctly, the one where its text is the most times as
-    probable as greedy search's. It holds both texts, the beam search's steps, this ratio (0 if the beam has dropped
-    greedy search's text), and behind: how many steps pass before beam search ranks its text above greedy search's.
+    Of the numbers that only beam search names correctly, the example has the largest ratio of its text's probability to
+    that of greedy search's text. It holds both texts, the beam search's steps, this ratio (0 if the beam dropped greedy
+    search's text), and behind: how many steps pass before beam search ranks its text above greedy search's.
     """
     sources = [encoder_decoder.make_source(number) for number in numbers]
     results = (encoder_decoder.generate(model, sources, temperature=0.0),
@@ -349,7 +349,7 @@ def shades(color: str) -> LinearSegmentedColormap:
 
 
 def draw_map(axes, values, rows: list[str], columns: list[str], color: str, boxed=(), frame=1.2):
-    """A matrix of shares as colored cells, first row on top, with its tokens. Hatched: exactly 0. Framed: boxed."""
+    """A matrix of shares as colored cells, first row on top, with tokens. Hatched: exactly 0. boxed: cells to frame."""
     mesh = axes.pcolormesh(values, cmap=shades(color), vmin=0, vmax=1, edgecolors=PALE, linewidth=0.5)
     for row, column in (values == 0).nonzero().tolist():
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, hatch="////", linewidth=0))
@@ -715,13 +715,13 @@ def draw_token_embeddings(trained: Trained) -> Figure:
         places = sorted(zip(points[kinds == i].tolist(), WORD_KINDS[kind]), key=lambda item: item[0][1])  # lowest first
         xs, ys = zip(*(place for place, _ in places))
         axes.scatter(xs, ys, s=60, color=color, marker=marker, label=kind)
-        # Words of a kind may stand so close together that their names would overlap: these form a column beside them.
+        # Words of a kind may lie so close together that their labels would overlap: these form a column beside them.
         x, middle = max(xs) + width / 14, sum(ys) / len(ys)
         for rank, (place, word) in enumerate(places):
             y = middle + height / 24 * (rank - (len(places) - 1) / 2)
             axes.annotate(word, place, (x, y), va="center", fontsize=12, annotation_clip=False,
                           arrowprops={"arrowstyle": "-", "color": GRAY, "linewidth": 0.6, "relpos": (0, 0.5)})
-            axes.update_datalim([(x + width / 4, y)])  # the axes make room for the names, too
+            axes.update_datalim([(x + width / 4, y)])  # the axes make room for the labels, too
     axes.set(xlabel=f"first principal component ({percent(shares[0].item())} of the variance)",
              ylabel=f"second principal component ({percent(shares[1].item())})", xticks=[], yticks=[])
     legend_above(axes, ncols=3)
@@ -754,7 +754,7 @@ def draw_sampling_strategies(trained: Trained, number: int, num_tokens=7) -> Fig
         axes.tick_params(axis="y", length=0)
     for axes in grid[1]:
         axes.set_xlabel("probability")
-    axes.invert_yaxis()  # of all, as they share it: the likeliest on top
+    axes.invert_yaxis()  # of all, as they share it: the most probable on top
     return figure
 
 
@@ -774,7 +774,7 @@ def draw_beam_search_tree(trained: Trained, numbers: list[int]) -> Figure:
             f"{len(numbers)} numbers: greedy {percent(shares[0])}, beam search (width {BEAM_WIDTH}) "
             f"{percent(shares[1])}.")
     places, log_probs = {(): (0, 0)}, {}
-    for column, step in enumerate(steps, start=1):  # unfinished texts of the last step are left out: they lead nowhere
+    for column, step in enumerate(steps, start=1):  # without the last step's unfinished texts
         kept = [text for text in step if column < len(steps) or text[-1] == "<EOS>"]
         places |= {text: (column, row) for row, text in enumerate(kept)}
         log_probs |= step
@@ -991,7 +991,7 @@ def draw_all(trained: dict[str, Trained], early: dict[str, Trained], flow: dict,
 def main() -> None:
     """Draw everything."""
     for number in (NUMBER, SHORT_NUMBER):
-        toy_dataset.parse_number(str(number))  # what is outside the language is refused before a minute of training
+        toy_dataset.parse_number(str(number))  # refused here, before a minute of training, if outside the language
     FIGURES.mkdir(parents=True, exist_ok=True)
     if not os.access(FIGURES, os.W_OK):
         raise PermissionError(f"{FIGURES} is not writable: change its permissions, or FIGURES in this file.")

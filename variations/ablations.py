@@ -1,14 +1,14 @@
 """ablations.py - one small part at a time: which details of a transformer matter, and which do not.
 
 The problem. Papers and code differ in dozens of small parts: this activation or that, a norm here or there, dropout in
-four places. Each was a reasonable idea. Which of them make a difference can only be found out by changing one and
-keeping everything else, and by knowing how large a difference chance makes.
+four places. Each was a reasonable idea. To find out which of them make a difference, change one at a time, keep
+everything else, and compare its effect with the differences between seeds.
 
-The idea. Take the base models, exchange one part, train with the same data, steps, learning rate and seeds, and sort by
+The idea. Take the base models, replace one part, train with the same data, steps, learning rate and seeds, and sort by
 the effect on exact match. A row counts as different only if its range over the seeds does not overlap its base's.
 
     activation       FFN(x) = f(x W_1) W_2        f: GELU (base), ReLU, SiLU (also called Swish)
-                     SwiGLU(x) = (SiLU(x W_gate) * x W_1) W_2        2/3 as wide: three matrices, as many parameters
+                     SwiGLU(x) = (SiLU(x W_gate) * x W_1) W_2        2/3 as wide: three matrices, equal parameters
     norm             LayerNorm (base), RMSNorm(x) = x / sqrt(mean(x^2) + epsilon) * scale, or none
     place of norm    pre-norm: x + f(norm(x)) (base), or post-norm: norm(x + f(x)); in 2 layers and in 8
     dropout          10% at the embedding, on attention weights, on the residual branches, or on all; with 10,000
@@ -22,12 +22,12 @@ tensor([0.8485, 1.1314])
 
 Papers: Hendrycks & Gimpel 2016 (GELU, SiLU); Ramachandran et al. 2017 (Swish); Shazeer 2020 (SwiGLU); Zhang & Sennrich
 2019 (RMSNorm); Xiong et al. 2020 (pre-norm, post-norm); Srivastava et al. 2014 (dropout); Press & Wolf 2017 (tying).
-Simplified: all rows use the base's learning rate, which was found for the base. A part that would need another one is
-at a disadvantage here; the effect is that of exchanging it and nothing else. And the models are narrower than the base
-(D_MODEL) and trained briefly: after ten times the steps most rows would be near 100%, and the differences gone.
+Simplified: all rows use the base's learning rate, which was chosen for the base. A part that needs another one is at a
+disadvantage here; the effect is that of replacing it and nothing else. And the models are narrower than the base
+(D_MODEL) and trained briefly: with longer training most rows approach 100%, and the differences shrink.
 
 What you will see (about three minutes on two CPU cores): a table for the decoder (digits -> words) and one for the
-encoder (how many words has the name?), each sorted by effect.
+encoder (how many words does the name have?), each sorted by effect.
 """
 
 import math
@@ -104,7 +104,7 @@ class SiLUFeedForward(ActivatedFeedForward):
 class SwiGLUFeedForward(nn.Module):
     """SwiGLU(x) = (SiLU(x W_gate) * x W_1) W_2, with biases as the base has them (Shazeer 2020, equation 6).
 
-    One projection decides how much of the other passes. With three matrices instead of two, the inner width is 2/3 of
+    One projection gates the other, element by element. With three matrices instead of two, the inner width is 2/3 of
     d_ff, so that the number of parameters stays (nearly) the same.
     """
 
@@ -120,7 +120,7 @@ class SwiGLUFeedForward(nn.Module):
 
 
 class PostNormDecoderLayer(decoder_only.DecoderLayer):
-    """x = norm(x + f(x)): the 2017 paper's order. The stream itself is normalized, so nothing passes it undisturbed."""
+    """x = norm(x + f(x)): the 2017 paper's order. The stream itself is normalized: no identity path is left."""
 
     def forward(self, x, mask, cache=None, attention_maps=None):
         x = self.attention_norm(x + self.dropout(self.attention(x, mask, cache, attention_maps)))
@@ -148,7 +148,7 @@ class UntiedEmbedding(nn.Embedding):
 
 
 class UnscaledEmbedding(nn.Embedding):
-    """An embedding that takes back the factor sqrt(C) with which the model multiplies it."""
+    """An embedding that cancels the factor sqrt(C) with which the model multiplies it."""
 
     def forward(self, ids):
         return super().forward(ids) / math.sqrt(self.embedding_dim)
@@ -176,7 +176,7 @@ def set_norms(model, part):
 
 
 def set_post_norm(model):
-    """Post-norm layers; their last norm makes the final one superfluous."""
+    """Post-norm layers; their last norm makes the final one redundant."""
     post_norm = PostNormDecoderLayer if isinstance(model.layers[0], decoder_only.DecoderLayer) else PostNormEncoderLayer
     for layer in model.layers:
         layer.__class__ = post_norm  # the same modules, another forward
@@ -199,7 +199,7 @@ def set_unscaled(model):
 
 
 class Row(NamedTuple):
-    """One ablation: what is exchanged, and the base it is compared with."""
+    """One ablation: what is replaced, and the base it is compared with."""
 
     name: str
     change: Callable = lambda model: None   # in place
@@ -244,7 +244,7 @@ ENCODER_ROWS = [row for row in DECODER_ROWS if row.num_layers == 2 and row.num_t
 
 
 def load_batches(module, row: Row, seed: int):
-    """Splits whose training batches are as many as there are steps, and the same for every row of a seed."""
+    """Splits with one training batch per step, the same for all rows with equal num_train and seed."""
     if module is decoder_only:
         make_example, steps = partial(decoder_only_example, loss_on_prompt=False), NUM_STEPS
     else:
@@ -304,7 +304,7 @@ def print_table(title: str, rows: list[Row], found: dict[str, list[float]]) -> N
         print(f"  {row.name:34}{spread(found[row.name]):>26}{100 * effect[row.name]:+10.1f}{noise}")
     beyond = [row for row in others if differ(found[row.name], found[row.base])]
     better, worse = ([row.name for row in beyond if (effect[row.name] > 0) == sign] for sign in (True, False))
-    # By chance all seeds of one row lie above all of the other's in 2 of C(2n, n) orders.
+    # By chance the ranges of two equally good rows are disjoint in 2 of C(2n, n) orders.
     by_chance = 2 * len(others) / math.comb(2 * len(SEEDS), len(SEEDS))
     say(f"Better than the base beyond seed noise: {'; '.join(better) or 'nothing'}. Worse: "
         f"{'; '.join(worse) or 'nothing'}. (Of {len(others)} rows that change nothing, {by_chance:.1f} would look "

@@ -1,14 +1,14 @@
-"""flash_attention.py - attention in tiles: the same numbers without the T x S matrix.
+"""flash_attention.py - attention in tiles: the same result without the T x S matrix.
 
-The problem. Attention as it is written stores a score and a weight for each pair of positions: 2 * H * T * S numbers
-that are written to memory, read again, and kept for the backward pass. On a GPU this traffic, not the arithmetic, is
-what attention waits for; and at 32,000 positions one head's matrix of weights takes 4 GB.
+The problem. Attention as the base files write it stores a score and a weight for each pair of positions: 2 * H * T * S
+numbers that are written to memory and read again; the weights are also kept for the backward pass. On a GPU this
+traffic, not the arithmetic, limits the speed; and at 32,000 positions one head's matrix of weights takes 4 GB.
 
 The idea. The output of a query is a weighted average of values, and an average can be built up piece by piece. Softmax
 seems to need all scores at once, for their maximum m and the sum of their exponentials; but both can be corrected as
 scores come in ("online softmax"). For each tile of keys, with scores S and an output O not yet divided by the total:
 
-    m_new = max(m, max(S))          the weights are exp(S - m_new); what was summed with the old m is off by a factor
+    m_new = max(m, max(S))          the weights are exp(S - m_new); sums made with the old m are off by a factor
     factor = exp(m - m_new)
     total = factor * total + sum(exp(S - m_new))
     O = factor * O + exp(S - m_new) V                       at the end: output = O / total, logsumexp = m + ln total
@@ -28,7 +28,7 @@ tensor([[3.]])
 
 Papers: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention; algorithm 1, backward in appendix
 B.4); Rabe & Staats 2021 (memory). Simplified: each tile takes several PyTorch operations, in a Python loop, and tiles
-that the causal mask hides entirely are computed all the same. What this can show is the memory, which grows with T, not
+that the causal mask hides entirely are computed anyway. What this can show is the memory, which grows with T, not
 with T squared. What it cannot show is the speed: that comes from doing all of this in one kernel, in the GPU's fast
 on-chip memory. F.scaled_dot_product_attention has such kernels, and is in the table.
 
@@ -155,7 +155,7 @@ def tiled_attention(query, key, value, mask=None, scale=None, tile=TILE):
 
 
 class FlashAttention(decoder_only.MultiHeadAttention):
-    """decoder_only.MultiHeadAttention with tiled_attention. There are no weights, so none can be dropped or drawn."""
+    """decoder_only.MultiHeadAttention with tiled_attention. It stores no weights to drop or draw."""
 
     def forward(self, x, mask, cache=None, attention_maps=None):
         """x (B, T, C) -> (B, T, C); arguments as in decoder_only.MultiHeadAttention."""
@@ -193,7 +193,7 @@ VERSIONS = {"written out": written_out, "tiled": tiled_attention, "PyTorch, mask
 
 
 def random_inputs(length: int, dtype=torch.float32):
-    """Query, key and value (1, H, T, d_k) that want gradients, and a causal mask (T, T)."""
+    """Query, key and value (1, H, T, d_k) that require gradients, and a causal mask (T, T)."""
     generator = torch.Generator().manual_seed(length)
     shape = (1, NUM_HEADS, length, D_K)
     tensors = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
@@ -201,7 +201,7 @@ def random_inputs(length: int, dtype=torch.float32):
 
 
 def saved_bytes(attend, inputs) -> int:
-    """The bytes that autograd keeps for the backward pass, besides the inputs; what is kept twice counts once."""
+    """The bytes that autograd keeps for the backward pass, besides the inputs; shared storage counts once."""
     storages, own = {}, {tensor.untyped_storage().data_ptr() for tensor in inputs}
 
     def pack(tensor):
@@ -217,7 +217,7 @@ def saved_bytes(attend, inputs) -> int:
 
 
 def forward_and_backward(attend, inputs):
-    """Output and the gradients of query, key and value, for a loss that weighs all outputs differently."""
+    """Output and the gradients of query, key and value, for a loss that weights all outputs differently."""
     output = attend(*inputs)
     weight = torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype)
     return output, *torch.autograd.grad((output * weight).sum(), inputs[:3])
@@ -251,7 +251,7 @@ def measure(length: int) -> dict[str, tuple]:
         rows[name] = (difference(run(), exact), difference(forward_and_backward(attend, halves), exact_half),
                       saved_bytes(attend, inputs), peak_bytes(run), Timer("run()", globals={"run": run}))
     times = {name: [] for name in rows}
-    for _ in range(REPEATS):  # in turns, so that a slow moment of the machine meets all versions
+    for _ in range(REPEATS):  # in turns, so that a slow moment of the machine affects all versions
         for name, row in rows.items():
             times[name].append(1000 * row[-1].timeit(1).mean)
     return {name: (*row[:-1], statistics.median(times[name])) for name, row in rows.items()}

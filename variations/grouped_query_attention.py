@@ -1,6 +1,6 @@
-"""grouped_query_attention.py - fewer key and value heads: what the cache saves, what quality it costs.
+"""grouped_query_attention.py - fewer key and value heads: what they save in the cache, what they cost in quality.
 
-The problem. Generation with a KV cache reads the keys and values of all earlier tokens for every new one. At long
+The problem. Generation with a KV cache reads the keys and values of all earlier tokens for every new one. For long
 texts and large batches that is most of the work, and most of the memory: for L layers of H heads, d_k wide,
 
     bytes per token = 2 * L * H * d_k * bytes per number                (2: a key and a value)
@@ -9,8 +9,8 @@ The idea. Keep the H query heads, but let several of them share one key and valu
 
     query head h attends with key and value head  h // (H / G),     bytes per token = 2 * L * G * d_k * bytes per number
 
-G = H is multi-head attention (MHA), G = 1 multi-query attention (MQA), and what lies between grouped-query attention
-(GQA). The scores are as many as before: computing them costs the same, reading the cache costs G / H.
+G = H is multi-head attention (MHA), G = 1 multi-query attention (MQA), and anything in between grouped-query
+attention (GQA). There are as many scores as before, so computing them costs the same; reading the cache costs G / H.
 
 On paper: Llama 3 8B has L = 32, H = 32, G = 8 and d_k = 128, in bfloat16. A text of 8,192 tokens takes 1 GiB of cache,
 where it would take 4 GiB with 32 heads:
@@ -18,16 +18,16 @@ where it would take 4 GiB with 32 heads:
 >>> [2 * 32 * heads * 128 * 2 * 8192 / 2**30 for heads in (8, 32)]
 [1.0, 4.0]
 
-A trained MHA model need not be thrown away. Average the key and value heads of each group ("mean pooling"), train on
-for 5% of the original steps, and most of the quality is back. The experiment tries it against the obvious
-alternative, keeping the first head of each group, and against the MHA model trained on for the same steps.
+A trained MHA model can be converted: average the key and value heads of each group ("mean pooling") and continue
+training for 5% of the original steps; the paper reports that most of the quality is recovered. The experiment compares
+this with keeping the first head of each group, and with the MHA model trained for the same additional steps.
 
 Papers: Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA; section 2.1 for the conversion, 2.2 for the groups). Simplified:
 the models are trained on names only (no loss on the prompt), so that they are good enough to compare within seconds.
 
 What you will see (about two minutes on two CPU cores): the cache's bytes per token, by the formula and as measured;
 milliseconds per token with 1,000 positions in the cache; exact match after equal training, with several seeds; and the
-conversions, before and after training on.
+conversions, before and after further training.
 """
 
 import statistics
@@ -64,7 +64,7 @@ LEARNING_RATE = 2e-3      # the base model's, for every row
 SEEDS = (0, 1, 2)         # of initial weights and order of batches
 
 # --- conversion ---
-UPTRAINING = 0.05         # share of the training steps for which a converted model trains on. Try 0.01, 0.2
+UPTRAINING = 0.05         # further training of a converted model, as a share of the original steps. Try 0.01, 0.2
 
 # ======================================================================================================
 # THE EXCHANGED PART
@@ -95,9 +95,9 @@ class GroupedQueryAttention(nn.Module):
                       for project in (self.key, self.value))
         if cache is not None:
             key, value = cache.append(key, value)                                       # (B, G, S, d_k)
-        # The H / G query heads of a group stand one below the other, as if they were more positions. So a group is one
-        # matrix product with its keys as they lie in the cache. Repeating the keys H / G times instead gives the same
-        # numbers, but writes out again what the smaller cache has saved.
+        # The H / G query heads of a group are stacked as if they were more positions, so that a group is one matrix
+        # product with its keys as stored in the cache. Repeating the keys H / G times instead gives the same result,
+        # but writes out again what the smaller cache has saved.
         query = query.reshape(B, G, H // G * T, -1)                                     # (B, G, H/G * T, d_k)
         mask = mask.expand(B, 1, T, key.size(2)).repeat(1, 1, H // G, 1)                # (B, 1, H/G * T, S)
         heads, weights = scaled_dot_product_attention(query, key, value, mask, self.dropout)
@@ -165,7 +165,7 @@ def next_token(model, ids, filled):
 
 
 def measure_cache() -> dict[int, tuple[float, float]]:
-    """By number of groups: bytes per token in the cache as they lie in memory, and milliseconds per new token."""
+    """By number of groups: bytes per token in the cache as stored in memory, and milliseconds per new token."""
     timers, measured, times = {}, {}, {num_groups: [] for num_groups in GROUPS}
     for num_groups in GROUPS:
         model = exchange(decoder_only.build_model(num_heads=NUM_HEADS, max_length=CACHED_POSITIONS + 1), num_groups)
@@ -176,14 +176,14 @@ def measure_cache() -> dict[int, tuple[float, float]]:
         ids = torch.full((CACHED_BATCH, CACHED_POSITIONS + 1), SOS_ID, device=device)
         measured[num_groups] = sum(key.nbytes + value.nbytes for key, value in filled) / ids[:, 1:].numel()
         timers[num_groups] = Timer("next_token(model, ids, filled)", globals={**globals(), **locals()})
-    for _ in range(5):  # in turns, so that a slow moment of the machine meets all rows
+    for _ in range(5):  # in turns, so that a slow moment of the machine affects all rows
         for num_groups, timer in timers.items():
             times[num_groups].append(1000 * timer.timeit(3).mean)
     return {num_groups: (measured[num_groups], statistics.median(times[num_groups])) for num_groups in GROUPS}
 
 
 def train_on(model, loaders, share: float, bar):
-    """Train a model for this share of an epoch's batches, times NUM_EPOCHS, with the full schedule in that time."""
+    """Train a model for this share of the original steps, with a complete schedule. Returns it."""
     few = loaders._replace(train=list(loaders.train)[:max(1, round(share * NUM_EPOCHS * len(loaders.train)))])
     decoder_only.train(model, few, 1, LEARNING_RATE, num_evaluations=0, progress=bar)
     return model
@@ -256,9 +256,9 @@ def main() -> None:
     for num_groups, values in scratch.items():
         print(f"  {name_of(num_groups):24}{spread(values):>28}")
     worse = [name_of(g) for g in GROUPS if g != NUM_HEADS and differ(scratch[g], scratch[NUM_HEADS])]
-    say(f"Beyond seed noise of MHA (the ranges do not overlap): {'; '.join(worse) or 'none'}.")
+    say(f"Different from MHA beyond seed noise (the ranges do not overlap): {'; '.join(worse) or 'none'}.")
 
-    print(f"\nCONVERTED from the trained MHA models, then trained on for {UPTRAINING:.0%} of the steps\n\n"
+    print(f"\nCONVERTED from the trained MHA models, then trained for {UPTRAINING:.0%} more steps\n\n"
           f"  {'':42}{'before':>24}{'after':>24}")
     for (num_groups, how), pairs in converted.items():
         label = "unchanged" if num_groups == NUM_HEADS else f"{how} of each group"
@@ -267,7 +267,7 @@ def main() -> None:
     smallest = min(GROUPS)
     means = {how: statistics.mean(after for _, after in converted[smallest, how]) for how in ("mean", "first")}
     beyond = differ(*([after for _, after in converted[smallest, how]] for how in ("mean", "first")))
-    say(f"After training on, {name_of(smallest)} reaches {means['mean']:.1%} from mean pooling and "
+    say(f"After further training, {name_of(smallest)} reaches {means['mean']:.1%} from mean pooling and "
         f"{means['first']:.1%} from the first head ({'beyond' if beyond else 'within'} seed noise); "
         f"trained from scratch it reaches {statistics.mean(scratch[smallest]):.1%}.")
 

@@ -1,4 +1,4 @@
-"""llama.py - from GPT-2 to Llama in five exchanges, each measured alone and all together.
+"""llama.py - from GPT-2 to Llama in five replacements, each measured alone and all together.
 
 The problem. The decoder of decoder_only.py is GPT-2's (with sinusoidal positions). Most open models since 2023 follow
 Llama instead, which replaces five parts. Each replacement is small and was published earlier; a paper that introduces
@@ -6,15 +6,15 @@ a whole model does not say how much each contributes. At this size that can be m
 
 The idea, five times:
 
-    RMSNorm     y = w * x / sqrt(mean(x^2) + epsilon)          LayerNorm without its mean and its shift: one reduction
-                                                               fewer, the same stabilizing effect
+    RMSNorm     y = w * x / sqrt(mean(x^2) + epsilon)          LayerNorm without subtracting the mean and without a
+                                                               shift: one reduction fewer
     RoPE        rotate queries and keys by their position      relative positions in place of absolute ones;
                                                                positional_encodings.py compares six encodings
     SwiGLU      W_down (silu(W_gate x) * W_up x)               one branch gates the other, element by element; three
                                                                matrices, so 2/3 of the width for equal parameters
-    GQA         several query heads share one key-value head   the KV cache shrinks by that factor;
+    GQA         H query heads share G key-value heads          the KV cache shrinks by a factor of H / G;
                                                                grouped_query_attention.py measures what that saves
-    no biases   W x, not W x + b                               a few parameters fewer; PaLM reports more stable training
+    no biases   W x, not W x + b                               slightly fewer parameters; PaLM reports stabler training
 
 On paper: RMSNorm of (3, 4) divides by sqrt((9 + 16) / 2) = 3.5355:
 
@@ -26,8 +26,8 @@ the model. SwiGLU (Shazeer 2020): lower perplexity at equal parameters and compu
 explanation". RoPE (Su et al. 2021): faster convergence. GQA (Ainslie et al. 2023; in Llama 2's two largest models):
 nearly the quality of multi-head attention at nearly the speed of multi-query attention, for a model of 11 billion
 parameters, where reading the cache dominates. No biases (Chowdhery et al. 2022, PaLM, section 2): more stable training
-of large models. So RMSNorm, RoPE and SwiGLU claim a gain at moderate sizes too. GQA and the missing biases are made for
-large models, and a lower loss is not to be expected from them here.
+of large models. So RMSNorm, RoPE and SwiGLU claim a gain at moderate sizes too. GQA and the missing biases are meant
+for large models; neither is expected to lower the loss here.
 
 Papers: Touvron et al. 2023a, 2023b (Llama, section 2.2, and Llama 2). The definitions are those of the published
 models, so that weights could be copied: epsilon inside the root, statistics in float32, RoPE with base 10000 on the
@@ -35,8 +35,8 @@ pairs (i, i + d_k/2) as in Hugging Face's version, SwiGLU's width 2/3 of D_FF, r
 input and output share one embedding table, as in the base file, scaled by sqrt(C) at the input (Llama 1 and 2 have two
 tables and do not scale), and the initialization is the base's.
 
-What you will see (under three minutes on two CPU cores): one row for the base, one for each exchange alone, one for
-all five. The loss covers the names only, so an ideal model reaches 0.
+What you will see (under three minutes on two CPU cores): one row for the base, one for each replacement alone, one
+for all five. The loss covers the names only, so an ideal model reaches 0.
 """
 
 import math
@@ -211,7 +211,7 @@ def exchange(model, parts):
 
 
 def build(parts, seed: int):
-    """A new model with the named parts; of one seed, all share the weights of what is not exchanged."""
+    """A new model with the named parts; models of one seed share the initial weights of all other parts."""
     torch.manual_seed(seed)
     return exchange(decoder_only.build_model(d_model=D_MODEL, d_ff=4 * D_MODEL), parts)
 
@@ -246,7 +246,7 @@ def milliseconds_per_step() -> dict[str, float]:
 
 
 def measure(bar) -> dict[str, dict]:
-    """For each row: parameters, bytes of cache, and for each seed the held-out loss at half time and the end, and exact
+    """For each row: parameters, bytes of cache, and for each seed the held-out loss halfway and at the end, and exact
     match."""
     found = {}
     for row, parts in ROWS.items():
@@ -279,7 +279,7 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    """Train every row, print the table and what it comes to."""
+    """Train every row; print the table and the conclusions."""
     num_steps = len(ROWS) * len(SEEDS) * NUM_EPOCHS * math.ceil(len(make_splits().train) / BATCH_SIZE)
     with tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
         found = measure(bar)

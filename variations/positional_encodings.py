@@ -8,7 +8,7 @@ The idea. What matters is usually how far apart two tokens are, so relative enco
 positions meet: into the score of the query at t and the key at s.
 
     RoPE     score = rotate(q, t) . rotate(k, s) / sqrt(d_k)      turns query and key by an angle proportional to their
-                                                                  position; the dot product sees only the difference
+                                                                  position; only the difference enters the product
     ALiBi    score = q . k / sqrt(d_k) - slope_h * (t - s)        a fixed penalty on distance, one slope for each head
     T5       score = q . k / sqrt(d_k) + b[bucket(t - s), h]      a learned number for each head and range of distances
 
@@ -30,9 +30,9 @@ On paper, one head with d_k = 2 and frequency 1: rotate((1, 0), t) = (cos t, sin
 Papers: Vaswani et al. 2017, section 3.5 (sinusoidal); Devlin et al. 2019 (learned, in BERT); Kazemnejad et al. 2023
 (none, "NoPE"); Su et al. 2021, section 3.2 (RoPE); Press et al. 2022, section 3 (ALiBi); Raffel et al. 2020, section
 2.1 (T5's buckets). Stretching RoPE: Chen et al. 2023, section 2.3 (position interpolation: all positions divided by a
-constant, then a short further training); Peng et al. 2023, section 3.1 (the larger base, "NTK-aware"). Simplified: T5
-does not divide the scores by sqrt(d_k), this file does in all six; further training here uses texts of the trained
-lengths, where Chen et al. train on long ones.
+constant, then a short further training); Peng et al. 2023, section 3.1 (the larger base, "NTK-aware"). Simplified: all
+six divide the scores by sqrt(d_k), which T5 does not; further training here uses texts of the trained lengths, where
+Chen et al. train on long ones.
 
 What you will see (under three minutes on two CPU cores): (a) six models trained on short texts and tested on longer
 ones, and a trained RoPE model stretched to longer texts, with and without further training; (b) the same six encodings
@@ -70,7 +70,7 @@ NUM_BUCKETS = 32          # T5: how many different ranges of distances. Try 8
 MAX_DISTANCE = 128        # T5: all distances from here on share the last bucket. Try 32
 
 # --- (a) longer texts than in training ---
-TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3, 4, 5, 6): which encodings profit?
+TRAIN_PAIRS = (1, 2, 3)              # numbers in a training text. Try (1, 2, 3, 4, 5, 6): which encodings benefit?
 TEST_PAIRS = (1, 2, 3, 4, 6, 8, 12)  # numbers in a test text
 NUM_STEPS = 500                      # training steps. Try 1000: do long texts improve too?
 NUM_TEXTS = 250                      # test texts for each length
@@ -113,7 +113,7 @@ def rotate(x, positions, base=ROTARY_BASE):
 class RotaryAttention(nn.Module):
     """decoder_only.MultiHeadAttention with rotated queries and keys.
 
-    Values are not rotated: the position decides which token is attended to, not what is read from it.
+    Values are not rotated: positions influence which tokens are attended to, not what is read from them.
     """
 
     def __init__(self, d_model: int, num_heads: int, dropout: float):
@@ -152,7 +152,7 @@ class LinearBias(nn.Module):
         bias_h = -slope_h * distance,    slope_h = 2^(-8h / H) for h = 1 ... H
 
     Heads with a steep slope attend to close neighbors, flat ones to the whole text. In a longer text the bias of nearby
-    keys is what it was in training, and keys further away than any in training get less weight still.
+    keys is what it was in training, and keys farther away than any in training get even less weight.
     """
 
     def __init__(self, num_heads: int):
@@ -301,7 +301,7 @@ def make_text(numbers: list[int], only_last: bool) -> dict:
 
 
 def make_texts(seed: int) -> tuple[list, dict]:
-    """Training batches, and for each number of pairs its test batches. The texts of a batch have equally many pairs."""
+    """Training batches, and test batches by number of pairs. All texts of a batch have the same number of pairs."""
     rng, splits = random.Random(seed), make_splits()
 
     def batch(numbers, pairs, size, only_last):
@@ -350,7 +350,7 @@ def measure_length(bar) -> dict[str, list[float]]:
 
 
 def measure_base_task(bar) -> dict[str, list[tuple[float, float]]]:
-    """(b): for each encoding and seed, the share of held-out numbers that are misnamed: of those with a digit 0 and of
+    """(b): for each encoding and seed, the share of held-out numbers that are misnamed, of those with a digit 0 and of
     those without."""
     found = {encoding: [] for encoding in ENCODINGS}
     for seed in SEEDS:
@@ -399,9 +399,9 @@ def draw(accuracies: dict[str, list[float]]) -> Figure:
     axes = figure.subplots()
     axes.axvspan(TRAIN_PAIRS[0], TRAIN_PAIRS[-1], color="#EEEEEE")
     axes.text(TRAIN_PAIRS[0] + 0.1, 0.02, "trained", color="#707070")
-    colours = ("#222222", "#56B4E9", "#707070", "#E69F00", "#009E73", "#AA4499")
-    for encoding, colour, marker in zip(ENCODINGS, colours, "sv^oDP"):
-        axes.plot(TEST_PAIRS, accuracies[encoding], color=colour, marker=marker, label=encoding, clip_on=False)
+    colors = ("#222222", "#56B4E9", "#707070", "#E69F00", "#009E73", "#AA4499")
+    for encoding, color, marker in zip(ENCODINGS, colors, "sv^oDP"):
+        axes.plot(TEST_PAIRS, accuracies[encoding], color=color, marker=marker, label=encoding, clip_on=False)
     axes.set(xlabel="pairs of number and name in a text", ylabel="last name correct", ylim=(0, 1))
     axes.set_xticks(TEST_PAIRS)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
@@ -416,7 +416,7 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    """Both measurements, their tables, and what they come to."""
+    """Both measurements, their tables and conclusions."""
     if max(TEST_PAIRS) <= max(TRAIN_PAIRS):
         raise InputError(f"TEST_PAIRS = {TEST_PAIRS} needs a length beyond the longest of TRAIN_PAIRS = {TRAIN_PAIRS}.")
     steps_per_epoch = math.ceil(len(make_splits().train) / BATCH_SIZE)

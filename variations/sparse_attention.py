@@ -10,21 +10,22 @@ position has read in one layer, its neighbors can read from it in the next. With
     reach after L layers = M^L  (as booleans)         pairs computed = sum(M), not T * T
 
     window               the w positions on either side: L layers reach L * w positions
-    strided              a window, and every s-th position (Child et al. 2019): two layers reach everything
+    strided              a window, and every s-th position (Child et al. 2019): two layers reach
+                         everything if 2w + 1 >= s
     window + global      a window, and <CLS>, which attends to all and to which all attend (Longformer)
     window + random      a window, and r random positions for each (a part of BigBird)
     BigBird              window, random and global together
 
-The test. To label a digit with its place value one has to know where the number ends: how far <SEP> is to the right.
-So whoever cannot reach <SEP> cannot know the place, whatever the training. That makes the best possible accuracy a
-number that can be computed. Two lengths that give a position the same view can't be told apart, and a view after L
-layers is what it saw in layer L - 1 together with what those saw that it attends to:
+The test. To label a digit with its place value, a model must know how far to the right <SEP> is. A position that cannot
+reach <SEP> has to guess, however the model is trained, so the best possible accuracy can be computed. Lengths that give
+a position the same view cannot be told apart there. A position's view after L layers consists of its view after L - 1
+layers and of the views of the positions that it attends to:
 
     view_0(i) = the kind of token at i       view_L(i) = (view_{L-1}(i), {(j, view_{L-1}(j)) for all j with M[i, j]})
 
 On paper: window 1, one layer, numbers of one to three digits, equally likely. The first digit sees <CLS>, itself and
 its right neighbor. If that is <SEP>, the number has one digit; otherwise it has two or three, which look the same. The
-second digit knows, the third knows. Of the 1 + 2 + 3 = 6 labels, 5 can be right at best:
+second and third digits see enough. Of the 1 + 2 + 3 = 6 labels, at most 5 can be correct:
 
 >>> round(ceiling(lambda T: window(T, 1), num_layers=1, max_digits=3), 4) == round(5 / 6, 4)
 True
@@ -67,10 +68,10 @@ NUM_RANDOM = 1            # random links for each position. Try 3
 LONG = 1024               # a text length for which the pairs are counted too
 
 # --- the task ---
-MAX_DIGITS = 16           # numbers of 1 to so many digits, all lengths equally likely. Only digits are needed: no names
+MAX_DIGITS = 16           # longest number, in digits; all lengths are equally likely. Only digits are needed, no names
 NUM_LAYERS = 2            # Try 4: which ceilings rise?
 D_MODEL = 64
-NUM_STEPS = 300           # training steps. Try 1000: does training lift anyone over the ceiling?
+NUM_STEPS = 300           # training steps. Try 1000: does any model exceed its ceiling?
 BATCH_SIZE = 128
 LEARNING_RATE = 2e-3
 NUM_TESTS = 2000          # numbers that each model is tested on
@@ -169,7 +170,7 @@ def build(pattern, seed: int):
 
 
 def reach(mask: torch.Tensor, num_layers: int) -> torch.Tensor:
-    """The boolean power: [i, j] is True if something of position j can arrive at i within num_layers layers."""
+    """The boolean power: [i, j] is True if information from position j can reach i within num_layers layers."""
     result = torch.eye(len(mask), dtype=torch.bool)
     for _ in range(num_layers):
         result = (mask | torch.eye(len(mask), dtype=torch.bool)).float() @ result.float() > 0  # | eye: the residual
@@ -177,7 +178,7 @@ def reach(mask: torch.Tensor, num_layers: int) -> torch.Tensor:
 
 
 def views(pattern, num_digits: int, num_layers: int) -> list:
-    """What each position of `<CLS> digits <SEP>` can know of the text's length after num_layers layers.
+    """What each position of `<CLS> digits <SEP>` can know about the text's length after num_layers layers.
 
     Which digits there are says nothing about how many follow, so for this purpose all digits are alike.
     """
@@ -193,8 +194,8 @@ def views(pattern, num_digits: int, num_layers: int) -> list:
 def ceiling(pattern, num_layers: int, max_digits: int) -> float:
     """The best share of correct place values that any model with this pattern can expect, by enumeration.
 
-    All lengths from 1 to max_digits are equally likely. Digit i of lengths that look alike from there gets one and the
-    same label, which is right for one of these lengths only: so each different view gives one right answer.
+    All lengths from 1 to max_digits are equally likely. At digit i, all lengths with the same view get the same
+    label, which is correct for only one of them, so each distinct view gives one correct answer.
     """
     seen = {(i, view) for n in range(1, max_digits + 1)
             for i, view in enumerate(views(pattern, n, num_layers)[1:-1], start=1)}
@@ -276,7 +277,7 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    """The table, the picture, and what they come to."""
+    """The table, the picture, and a conclusion."""
     if not 1 <= WINDOW <= MAX_DIGITS or STRIDE < 1 or MAX_DIGITS + 2 > encoder_only.MAX_LENGTH:
         raise InputError(f"WINDOW = {WINDOW}, STRIDE = {STRIDE} and MAX_DIGITS = {MAX_DIGITS} must be at least 1, and "
                          f"MAX_DIGITS at most {encoder_only.MAX_LENGTH - 2}.")
@@ -287,8 +288,8 @@ def main() -> None:
     T = MAX_DIGITS + 2
     print(f"\nSPARSE ATTENTION, {NUM_LAYERS} layers, numbers of 1 to {MAX_DIGITS} digits ({T} tokens)\n"
           f"pairs: share of the T * T pairs that are attended to, here and in a long text\n"
-          f"1 layer, {NUM_LAYERS} layers: share of the pairs between which something can pass\n"
-          f"ceiling: the most place values that can be right\n"
+          f"1 layer, {NUM_LAYERS} layers: share of the pairs between which information can pass\n"
+          f"ceiling: the best accuracy that can be expected\n"
           f"model: after {NUM_STEPS} steps, mean of {len(SEEDS)} seeds (range)\n\n"
           f"  {'':16}{'pairs':>8}{f'T={LONG}':>9}{'1 layer':>9}{f'{NUM_LAYERS} layers':>10}{'ceiling':>10}"
           f"{'model':>26}")
