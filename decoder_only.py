@@ -237,7 +237,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
+    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position separately (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
     Attention moves information between positions; this network processes what each position has gathered. Without the
     GELU, W_1 and W_2 would collapse into a single linear map. With D_FF = 4 * D_MODEL it holds two thirds of a layer's
@@ -327,7 +327,7 @@ class DecoderOnlyTransformer(nn.Module):
 
         cache: from new_cache(). Only the T positions that it does not hold yet are computed.
 
-        Padding may stand on the left (prompts) or on the right (training batches) and never changes the logits of real
+        Padding may be on the left (prompts) or on the right (training batches) and never changes the logits of real
         tokens. On the right the causal mask hides it already; the padding mask is needed on the left. Positions are
         counted from the first real token.
         """
@@ -641,7 +641,7 @@ def answer(model, numbers: list[int]) -> list[str]:
 
 
 # ======================================================================================================
-# BUILDING A MODEL, AND VALIDATING WHAT IT IS GIVEN
+# BUILDING A MODEL, AND VALIDATING ITS SETTINGS
 # ======================================================================================================
 
 

@@ -25,9 +25,8 @@ Attention masks (# = may attend): the encoder attends to everything, the decoder
     <EOS>   # # #   #
           encoder                        decoder, self                      decoder, cross
 
-What it is for: sequence-to-sequence tasks (translation, summarization, speech recognition), where the whole input is
-available before generation starts.
-What it is not for: unconditional generation, where the encoder is dead weight (compare_architectures.py tries it).
+What it is for: sequence-to-sequence tasks (translation, summarization, speech recognition), with the whole input known
+in advance. What it is not for: unconditional generation, where the encoder is dead weight.
 
 What you will see when you run it (about a minute on two CPU cores): training; the exact-match accuracy on held-out
 numbers; greedy decoding, sampling and beam search on the same sources; the hypotheses of one beam; and the
@@ -40,11 +39,10 @@ How to read it. From the top: attention, the layers, the model, training, genera
 BUILDING A MODEL; what follows is validation, checkpoints and demonstrations.
 
 Papers: Vaswani et al. 2017, "Attention Is All You Need"; Raffel et al. 2020 (T5); Wu et al. 2016 (GNMT, beam search).
-Simplified here, compared with the 2017 paper: pre-norm layers and GELU in place of post-norm and ReLU. Compared with
-T5: no pretraining by span corruption; sinusoidal positions, where T5 learns a bias per relative distance; LayerNorm,
-where T5 has RMSNorm; 1/sqrt(d_k) and sqrt(C) scale scores and embeddings, where T5 scales neither; biases, which T5
-leaves out; GELU, where T5 has ReLU (version 1.1: gated GELU). Compared with GNMT: a length penalty of length**p, not
-((5 + length) / 6)**p, and no coverage term.
+Simplified here, compared with the 2017 paper: pre-norm and GELU, not post-norm and ReLU. Compared with T5: no
+span-corruption pretraining; sinusoidal positions, where T5 learns a bias per relative distance; LayerNorm, not RMSNorm;
+scores scaled by 1/sqrt(d_k) and embeddings by sqrt(C); biases; GELU, not ReLU (version 1.1: gated GELU). Compared with
+GNMT: a length penalty of length**p, not ((5 + length) / 6)**p, and no coverage term.
 
 Letters used for shapes, here and in the other two files:
 B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
@@ -249,7 +247,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
+    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position separately (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
     Attention moves information between positions; this network processes what each position has gathered. Without the
     GELU, W_1 and W_2 would collapse into a single linear map. With D_FF = 4 * D_MODEL it holds two thirds of a layer's
@@ -295,10 +293,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """An encoder layer plus cross-attention: self-attention, cross-attention, feed-forward.
-
-    Self-attention is causal, cross-attention is not: the whole source is available from the start.
-    """
+    """An encoder layer plus cross-attention, which is not causal: the whole source is available from the start."""
 
     def __init__(self, d_model: int, num_heads: int, d_ff: int, dropout: float):
         super().__init__()
@@ -700,7 +695,7 @@ def beam_search_one(model, source: list[int], beam_width=BEAM_WIDTH, length_pena
         if finished and finished[0][0] >= best / limit**length_penalty:
             break  # exact: no open hypothesis can still become the best
         if len(finished) == beam_width and finished[-1][0] >= best / length**length_penalty:
-            break  # a heuristic: beam_width finished ones score above every open one as it stands now
+            break  # a heuristic: beam_width finished ones score above every open one's current score
     model.train(was_training)
     return finished
 
@@ -795,7 +790,7 @@ def answer(model, numbers: list[int]) -> list[str]:
 
 
 # ======================================================================================================
-# BUILDING A MODEL, AND VALIDATING WHAT IT IS GIVEN
+# BUILDING A MODEL, AND VALIDATING ITS SETTINGS
 # ======================================================================================================
 
 

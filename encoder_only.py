@@ -233,7 +233,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position by itself (section 3.3; GELU: Hendrycks & Gimpel 2016).
+    """FFN(x) = GELU(x W_1 + b_1) W_2 + b_2, at each position separately (section 3.3; GELU: Hendrycks & Gimpel 2016).
 
     Attention moves information between positions; this network processes what each position has gathered. Without the
     GELU, W_1 and W_2 would collapse into a single linear map. With D_FF = 4 * D_MODEL it holds two thirds of a layer's
@@ -544,7 +544,7 @@ def fine_tune(pretrained, loaders, task, num_steps=FINE_TUNING_STEPS, learning_r
 
 
 # ======================================================================================================
-# GENERATION, as far as it goes
+# GENERATION, by filling in masks
 # ======================================================================================================
 
 
@@ -606,7 +606,7 @@ def answer(model, numbers: list[int]) -> list[str]:
     lines = []
     was_training = model.training
     model.eval()
-    for number in numbers:  # one at a time: a few to look at
+    for number in numbers:  # one at a time: they are few
         said, truth = (answer_masked_lm if model.task == "masked_lm" else answer_fine_tuned)(model, number)
         lines.append(said if said == truth else f"{said}\n    WRONG: {truth.rpartition(' -> ')[2]}")
     model.train(was_training)
@@ -641,7 +641,7 @@ def describe_labels(task: str, labels: list[int]) -> str:
 
 
 # ======================================================================================================
-# BUILDING A MODEL, AND VALIDATING WHAT IT IS GIVEN
+# BUILDING A MODEL, AND VALIDATING ITS SETTINGS
 # ======================================================================================================
 
 
@@ -659,7 +659,7 @@ def build_model(d_model=D_MODEL, num_layers=NUM_LAYERS, num_heads=NUM_HEADS, d_f
 
 
 def build_fine_tuned(pretrained, task):
-    """A new model for the task that starts from a pretrained one: its encoder, copied, and a head of random weights."""
+    """A new model for the task, made from a pretrained one: a copy of its encoder, and a head with random weights."""
     sizes = [pretrained.constants[name] for name in ("D_MODEL", "NUM_LAYERS", "NUM_HEADS", "D_FF")]
     model = build_model(*sizes, DROPOUT, pretrained.constants["MAX_LENGTH"], task)
     # strict=False: the head has no counterpart in the pretrained model. It is the only thing that may be missing.

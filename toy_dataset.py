@@ -522,7 +522,7 @@ def main():
 
 
 def run_script(main, parse_argument=None) -> None:
-    """Run main as a script: main() as it stands, or main(*arguments), each argument read by parse_argument.
+    """Run main as a script: main(), or main(*arguments) with each argument read by parse_argument.
 
     User errors print one line to stderr and exit with status 1 (2 for a wrong argument); Ctrl-C exits with 130. All
     other exceptions are bugs and keep their traceback.

@@ -319,7 +319,7 @@ def compare_searches(model, numbers: list[int], width=BEAM_WIDTH) -> tuple[dict,
 
 
 def new_figure(title: str, height: float, note: str = "") -> Figure:
-    """An empty picture of the common width. The title states its point; the note stands small in the lower corner."""
+    """An empty picture of the common width. The title states its point; the note is small, in the lower corner."""
     figure = Figure(figsize=(matplotlib.rcParams["figure.figsize"][0], height))
     figure.suptitle(textwrap.fill(title, 54, break_on_hyphens=False), x=0.01, ha="left", linespacing=1.25)
     figure.supxlabel(textwrap.fill(note, 82, break_on_hyphens=False), x=0.99, ha="right", color=GRAY, linespacing=1.3)
@@ -414,7 +414,7 @@ def draw_path(axes, *points) -> None:
 def draw_stack(axes, left: float, model, stack: str, reads: str, writes: str, color: str) -> tuple[dict, float]:
     """One stack, from the bottom up: embedding, a layer as its forward() is written, final norm, output layer.
 
-    Returns the height at which each sublayer stands, and the height of the top.
+    Returns the height of each sublayer, and that of the top.
     """
     attention = attention_maps(model, SHORT_NUMBER)[stack][2]  # what it may attend to is measured, not assumed
     reach = {"self-attention": ["causal" if attention.triu(1).sum() == 0 else "bidirectional"],
@@ -616,7 +616,7 @@ def draw_attention(attention: tuple, color: str, title: str, note: str, boxed=()
         if head >= num_heads:
             axes.set_axis_off()
             continue
-        rows = queries if i % num_columns == 0 else []  # labels stand at the left and at the foot only
+        rows = queries if i % num_columns == 0 else []  # labels only at the left and at the bottom
         columns = keys if i + num_columns >= grid.size else []
         mesh = draw_map(axes, weights[layer, head], rows, columns, color, boxed)
         axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=12,

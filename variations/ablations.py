@@ -44,7 +44,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 import encoder_only

@@ -20,7 +20,7 @@ one number for each query: P = exp(S - logsumexp). The rest is the derivative of
 
 On paper: one query with the scores ln (1, 2 | 4, 1), two tiles of two keys, values (8, 0 | 0, 16). Tile 1: m = ln 2,
 weights (1/2, 1), total 3/2, O = 4. Tile 2: m_new = ln 4, so factor = 1/2; weights (1, 1/4), total 3/4 + 5/4 = 2 and
-O = 2 + 4 = 6. Output 6 / 2 = 3, and at once: (1 * 8 + 2 * 0 + 4 * 0 + 1 * 16) / 8 = 3.
+O = 2 + 4 = 6. Output 6 / 2 = 3. In one piece: (1 * 8 + 2 * 0 + 4 * 0 + 1 * 16) / 8 = 3.
 
 >>> scores, value = torch.tensor([[1.0, 2, 4, 1]]).log(), torch.tensor([[8.0], [0], [0], [16]])
 >>> tiled_attention(scores, torch.eye(4), value, scale=1.0, tile=2)
@@ -52,7 +52,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from toy_dataset import run_script

@@ -40,7 +40,7 @@ import torch.nn as nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from decoder_only import scaled_dot_product_attention

@@ -52,7 +52,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import encoder_only
 from toy_dataset import IGNORE, InputError, Splits, pad_batch, run_script, to_ids
