@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()  # the full tables, and the pictures that README.md leaves out
 SOURCES = {path.name: path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]}
 # Names in backticks that are not ours: other libraries' functions, shell variables, what an exercise would add.
 FOREIGN = {"F.scaled_dot_product_attention", "nn.Linear", "OMP_NUM_THREADS", "CONSTANT"}
@@ -34,9 +35,10 @@ def test_every_link_and_picture_leads_to_a_file():
 
 
 def test_every_picture_has_an_alternative_text_and_every_committed_picture_is_shown():
-    shown = re.findall(r"!\[([^]]*)\]\((figures/[^)]+)\)", README)
+    shown = re.findall(r"!\[([^]]*)\]\((?:\.\./)?(figures/[^)]+)\)", README + RESULTS)
     assert all(len(text) > 10 for text, _ in shown)
-    assert {path for _, path in shown} == {f"figures/{path.name}" for path in (ROOT / "figures").glob("*.png")}
+    committed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "figures").rglob("*.png")}
+    assert {path for _, path in shown} == committed
 
 
 def test_every_anchor_has_its_heading():
@@ -62,9 +64,18 @@ def test_every_constant_and_function_in_backticks_is_defined():
 
 
 def test_no_placeholder_is_left():
-    assert "@@" not in README
+    assert "@@" not in README + RESULTS
 
 
 def test_the_table_of_files_gives_their_true_length():
     for name, lines in re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.MULTILINE):
         assert int(lines) == len(SOURCES[name].splitlines()), name
+
+
+def test_it_is_read_in_half_an_hour():
+    assert len(README.splitlines()) <= 450 and len(README.split()) <= 5000
+
+
+def test_every_variation_is_in_the_table_and_its_output_in_the_results():
+    for path in (ROOT / "variations").glob("*.py"):
+        assert f"variations/{path.name}" in README and f"`python variations/{path.name}`" in RESULTS
