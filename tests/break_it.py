@@ -97,11 +97,23 @@ BREAKS = [
           "torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPSILON)",
           "1 / (wide.square().mean(dim=-1, keepdim=True).sqrt() + EPSILON)",
           "no visible effect, except on vectors near 0"),
+    Break("LoRA starts at random", "variations/parameter_efficient_fine_tuning",
+          "        nn.init.zeros_(self.up.weight)\n\n", "\n",
+          "little to see from scratch; a trained model is damaged before its fine-tuning begins"),
+    Break("soft prompt shifts the text", "variations/parameter_efficient_fine_tuning",
+          "(positions - P).clamp(min=0)", "positions",
+          "the text stands at positions it was not trained on: no effect on LoRA, which is what is trained here"),
+    Break("no straight-through estimator", "variations/quantization", "rounded + (x - x.detach())", "rounded",
+          "rounding has no gradient: the Linear layers stay as they started"),
+    Break("one level too many", "variations/quantization", "levels = 2 ** (bits - 1) - 1", "levels = 2 ** (bits - 1)",
+          "smaller errors, and integers that do not fit their bits: the packed file holds other numbers"),
 ]
 # How a broken variation is put into the model that is retrained; `v` is its module.
 EXCHANGES = {
     "variations/positional_encodings": 'v.exchange(model, "RoPE")',
     "variations/llama": "v.exchange(model, v.PARTS)",
+    "variations/parameter_efficient_fine_tuning": 'v.exchange(model, "LoRA, rank 4").requires_grad_()',
+    "variations/quantization": 'v.exchange(model, 3, "channel")',
 }
 
 TRAIN = """

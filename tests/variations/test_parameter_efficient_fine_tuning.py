@@ -1,0 +1,143 @@
+"""Parameter-efficient fine-tuning: it starts from the base, trains only what it adds, and leaves the base behind."""
+
+import decoder_only
+import pytest
+import torch
+from conftest import tiny
+from toy_dataset import number_to_words, to_ids
+
+from variations import parameter_efficient_fine_tuning
+from variations.parameter_efficient_fine_tuning import (
+    METHODS,
+    LoRALinear,
+    exchange,
+    batches_of,
+    merge,
+    no_one,
+    take_out,
+    trained_parameters,
+    units_first,
+)
+
+PROMPTS = [decoder_only.make_prompt(number) for number in (7, 342, 90210, 123456)]
+IDS = torch.tensor([PROMPTS[3]])
+LORA = [method for method in METHODS if method.startswith("LoRA")]
+ADDED = [*LORA, "adapters", "prefix tuning", "prompt tuning"]
+
+
+def moved(method):
+    """A model with this method, what it trains moved away from its initial values, as training does."""
+    model = exchange(tiny(decoder_only), method)
+    for parameter in trained_parameters(model).values():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", [*LORA, "adapters", "biases only", "last layer", "full fine-tuning"])
+def test_before_training_it_is_the_base_to_the_bit(method):
+    base, model = tiny(decoder_only), exchange(tiny(decoder_only), method)
+    assert torch.equal(model(IDS), base(IDS))
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_taken_out_after_training_it_is_the_base_to_the_bit(method):
+    base, model = tiny(decoder_only), exchange(tiny(decoder_only), method)
+    decoder_only.train_step(model, batches_of([342, 7], "units first", 2)[0],
+                            decoder_only.create_optimizer(model), 0.1)
+    assert not torch.allclose(model(IDS), base(IDS), atol=1e-3)
+    assert torch.equal(take_out(model)(IDS), base(IDS))
+    assert model.state_dict().keys() == base.state_dict().keys() and type(model) is type(base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_changes_what_is_trained_and_nothing_else(method):
+    model = exchange(tiny(decoder_only), method)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for _ in range(2):  # with LoRA's B at zero, the first step's gradient does not reach A
+        decoder_only.train_step(model, batches_of([342, 21], "units first", 2)[0],
+                                decoder_only.create_optimizer(model), 0.1)
+    changed = {name for name, tensor in model.state_dict().items() if not tensor.equal(before[name])}
+    assert changed == set(trained_parameters(model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_stored_makes_the_same_model_from_the_base(method):
+    model, other = moved(method), exchange(tiny(decoder_only), method)
+    other.load_state_dict(trained_parameters(model), strict=False)
+    assert torch.equal(other(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_cached_generation_and_mixed_lengths_give_what_recomputing_alone_gives(method):
+    model = moved(method)
+    cached, recomputed = (decoder_only.generate(model, PROMPTS, use_cache=use_cache) for use_cache in (True, False))
+    assert torch.equal(cached, recomputed)
+    for row, prompt in zip(cached, PROMPTS):
+        alone = decoder_only.generate(model, [prompt])[0]
+        assert torch.equal(row[:len(alone)], alone)
+
+
+@pytest.mark.parametrize("method", ADDED)
+def test_padding_changes_nothing_and_later_tokens_do_not_reach_back(method):
+    model, alone = moved(method), moved(method)(IDS)
+    torch.testing.assert_close(model(torch.nn.functional.pad(IDS, (3, 0)))[:, 3:], alone, atol=1e-5, rtol=1e-4)
+    assert torch.equal(model(torch.nn.functional.pad(IDS, (0, 1), value=20))[:, :-1], alone)
+
+
+def test_lora_is_a_linear_layer_with_the_merged_weight():
+    layer, x = LoRALinear(torch.nn.Linear(6, 5), rank=2), torch.randn(3, 6)
+    torch.nn.init.normal_(layer.up.weight)
+    weight = layer.inner.weight + parameter_efficient_fine_tuning.LORA_ALPHA / 2 * layer.up.weight @ layer.down.weight
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, layer.inner.bias))
+    assert torch.linalg.matrix_rank(weight - layer.inner.weight, rtol=1e-4) == 2
+
+
+@pytest.mark.parametrize("method", LORA)
+def test_merging_changes_no_logit_beyond_rounding_and_leaves_a_plain_model(method):
+    model = moved(method)
+    before = model(IDS)
+    torch.testing.assert_close(merge(model)(IDS), before, atol=1e-3, rtol=1e-3)
+    assert model.state_dict().keys() == tiny(decoder_only).state_dict().keys()
+
+
+def test_a_prefix_is_what_tokens_before_the_text_would_leave_in_the_cache():
+    torch.manual_seed(0)
+    attention = tiny(decoder_only).layers[0].attention
+    x, causal, cache = torch.randn(1, 7, 32), decoder_only.make_causal_mask(7, 7), decoder_only.KVCache()
+    expected = attention(x, causal)[:, 3:]
+    attention(x[:, :3], causal[:3, :3], cache)
+    prefixed = parameter_efficient_fine_tuning.PrefixAttention(attention, cache.key, cache.value)
+    torch.testing.assert_close(prefixed(x[:, 3:], causal[3:, 3:]), expected)
+
+
+def test_a_soft_prompt_gives_logits_for_the_text_only_and_starts_it_at_position_0():
+    model = moved("prompt tuning")
+    assert model(IDS).shape == (1, IDS.size(1), len(decoder_only.VOCABULARY))
+    positions = torch.arange(3) + len(model.prompt)
+    assert torch.equal(model.embed(IDS[:, :3], positions), take_out(model).embed(IDS[:, :3], torch.arange(3)))
+
+
+def test_the_dialects_need_no_new_words_and_no_two_numbers_share_a_name():
+    for dialect in (units_first, no_one, lambda words: no_one(units_first(words))):
+        names = [tuple(dialect(number_to_words(number))) for number in range(0, 10**6, 7)]
+        assert len(set(names)) == len(names)
+        assert all(to_ids(list(name)) for name in names[:100])
+    assert units_first(["forty"]) == ["forty"] and no_one(["one"]) == ["one"]
+
+
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys, tmp_path):
+    picture = tmp_path / "new" / "picture.png"
+    small = dict(D_MODEL=16, BASE_EPOCHS=1, BASE_BATCH_SIZE=8, NUM_EXAMPLES=12, NUM_STEPS=2, BATCH_SIZE=4,
+                 LEARNING_RATES=(1e-3, 1e-2), NUM_VALIDATION=10, NUM_TESTS=10, SEEDS=(0, 1), FIGURE=picture)
+    for name, value in small.items():
+        monkeypatch.setattr(parameter_efficient_fine_tuning, name, value)
+    splits = decoder_only.toy_dataset.make_splits()
+    few = splits._replace(train=splits.train[:16], validation=splits.validation[:20], test=splits.test[:20])
+    for module in (parameter_efficient_fine_tuning, decoder_only.toy_dataset):
+        monkeypatch.setattr(module, "make_splits", lambda: few)
+    parameter_efficient_fine_tuning.main()
+    printed = capsys.readouterr().out
+    assert all(f"  {method} " in printed for method in METHODS) and printed.isascii()
+    assert f"the base's to the bit: {', '.join(ADDED)}." in " ".join(printed.split())
+    assert [line for line in printed.splitlines() if len(line) > 100] == []
+    assert picture.stat().st_size < 200_000
