@@ -96,6 +96,14 @@ BREAKS = [
           "torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPSILON)",
           "1 / (wide.square().mean(dim=-1, keepdim=True).sqrt() + EPSILON)",
           "no visible effect, except on vectors near 0"),
+    Break("replacement drawn from p", "variations/speculative_decoding", "leftover(p[n], q[n]), 1", "p[n], 1",
+          "greedy is unaffected; sampled tokens that the draft favors become more frequent than the target has them"),
+    Break("rejected tokens stay cached", "variations/speculative_decoding",
+          "        roll_back(cache, ids.size(1) - 1)\n        examined", "        examined",
+          "after a rejection the target attends to the rejected token, and never reads its replacement"),
+    Break("proposals after a rejection are kept", "variations/speculative_decoding",
+          "accepted.long().cumprod(dim=0).sum()", "accepted.long().sum()",
+          "more tokens per pass, and a text that the target would not have written"),
 ]
 # How a broken variation is put into the model that is retrained: `v` is the variation.
 EXCHANGES = {
