@@ -289,7 +289,7 @@ def say(text: str) -> None:
     print("\n" + textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
 
 
-def show(rows: list[tuple], mean_reward: float, reward_name: str) -> None:
+def show_rewards(rows: list[tuple], mean_reward: float, reward_name: str) -> None:
     """The table: (method, beta, what measure found) for each row, beside the optimum's numbers."""
     errors = [max(row[key] for _, _, row in rows) for key in ("reward_error", "kl_error")]
     print(f"\nREWARD: THE NUMBER {reward_name.upper()}; J = reward - beta KL; the number in brackets is the optimum's\n"
@@ -320,8 +320,8 @@ def main() -> None:
         reference = sample(start, 5 * NUM_SAMPLES, torch.Generator(start.embedding.weight.device).manual_seed(SEED))
         mean_reward, mean_by_3 = (rewards_of(reference, reward).mean().item() for reward in (holds_a_7, by_3))
         if not 0 < min(mean_reward, mean_by_3) <= max(mean_reward, mean_by_3) < 1:
-            raise InputError(f"The start model's mean rewards are {mean_reward} and {mean_by_3}, but must be above 0 and "
-                             f"below 1: raise NUM_EPOCHS = {NUM_EPOCHS}.")
+            raise InputError(f"The start model's mean rewards, {mean_reward:.3f} and {mean_by_3:.3f}, must be above 0 "
+                             f"and below 1: raise NUM_EPOCHS = {NUM_EPOCHS}.")
 
         def add(method, beta, policy, reward=holds_a_7):
             rows.append((method, beta, measure(policy, start, reward, loaders.validation)))
@@ -339,7 +339,7 @@ def main() -> None:
         add("RLHF", SHORTCUT[0], rlhf(start, by_3, *SHORTCUT, bar), by_3)
 
     *rows, shortcut = rows
-    show(rows, mean_reward, "holds a 7")
+    show_rewards(rows, mean_reward, "holds a 7")
     by_name = {(method, beta): row for method, beta, row in rows}
     gaps = [f"{beta:g}: RLHF {gap['RLHF']:.3f}, DPO {gap['DPO']:.3f}" for beta in BETAS for gap in [
         {method: optimum(mean_reward, beta)[0] - beta * optimum(mean_reward, beta)[1]
@@ -348,14 +348,14 @@ def main() -> None:
     collapsed = by_name["RLHF", 0.0]
     number, count = Counter(number for number in collapsed["numbers"] if number is not None).most_common(1)[0]
     say(f"Without a KL penalty the most frequent number is {number}, in {count / NUM_SAMPLES:.0%} of the samples, and "
-        f"the KL is {collapsed['kl']:.1f} nats. Reward 1 is possible at {-math.log(mean_reward):.2f} nats, the start model "
-        "restricted to the numbers with a 7.")
+        f"the KL is {collapsed['kl']:.1f} nats. Reward 1 is possible at {-math.log(mean_reward):.2f} nats: the start "
+        "model, restricted to the numbers with a 7.")
     say(f"Names were in no loss, yet with beta {BETAS[1]:g} the share of held-out numbers named correctly goes from "
         f"{by_name['start model', None]['naming']:.1%} to {by_name['RLHF', BETAS[1]]['naming']:.1%} with RLHF and "
         f"{by_name['DPO', BETAS[1]]['naming']:.1%} with DPO. With the names inside the KL: "
         f"{by_name['RLHF, whole texts', BETAS[1]]['naming']:.1%}.")
 
-    show([shortcut], mean_by_3, "is divisible by 3")
+    show_rewards([shortcut], mean_by_3, "is divisible by 3")
     easy = {number for number in range(10 ** MAX_DIGITS) if set(str(number)) <= set("0369")}
     numbers, start_numbers = shortcut[2]["numbers"], read_numbers(reference)
     others = [number for number in numbers if number is not None and number not in easy]

@@ -263,7 +263,7 @@ def say(text: str) -> None:
     print("\n" + textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
 
 
-def show(workload: str, rows: dict[str, dict]) -> None:
+def show_workload(workload: str, rows: dict[str, dict]) -> None:
     """One workload's table, and what it comes to."""
     speeds = {name: row["seconds"] / row["tokens"] for name, row in rows.items()}       # seconds per token
     ratio = speeds["draft alone"] / speeds["target alone"]                              # c
@@ -324,7 +324,7 @@ def main() -> None:
         exact = decoder_only.evaluate(model, loaders.validation)["exact_match"]
         print(f"  {name:8}{sum(p.numel() for p in model.parameters()):>10,}{steps:8}{exact:10.2%}")
     for workload, rows in found.items():
-        show(workload, rows)
+        show_workload(workload, rows)
 
 
 if __name__ == "__main__":
