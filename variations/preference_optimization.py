@@ -1,41 +1,42 @@
 """preference_optimization.py - RLHF and DPO, measured against the optimum that has a closed form.
 
-The problem. A pretrained model writes what is common, which is not always what is wanted. What is wanted can be scored
-(a reward r(y) for a whole text y) or compared (y is preferred to y'), but not differentiated: the text is sampled. And
-whoever maximizes the reward alone loses the language: one text with reward 1, written every time, is a maximum.
+The problem. A pretrained model generates what is common in its data, which is not always what we want. What we want can
+be scored (a reward r(y) for a whole text y) or compared (y is preferred to y'), but there is no gradient through the
+sampled tokens. And maximizing the reward alone destroys the language model: generating one rewarded text, always the
+same, is optimal.
 
-The idea. Ask for reward without leaving the start model far behind. The policy pi maximizes
+The idea. Maximize the reward while staying close to the start model. The policy pi maximizes
 
     J(pi) = E[r(y)] - beta * KL(pi || start),           KL(pi || start) = E[log pi(y) - log start(y)],    y ~ pi
 
-and that has a solution in closed form: reweight the start model,
+which has a solution in closed form, the start model reweighted:
 
     optimum(y) = start(y) exp(r(y) / beta) / Z,         Z = sum over y of start(y) exp(r(y) / beta),     J = beta * ln Z
 
-Nobody can sample from it directly in a real language, because Z sums over all texts. Here r is 0 or 1, so Z needs only
-the start model's mean reward m, and the best reward and KL for each beta are numbers. On paper: with
-beta = 1 / ln 4 a rewarded text counts four times. For m = 1/3 that is 4/3 against 2/3, so the best reward is 2/3:
+For a real language Z is out of reach, because it sums over all texts. Here r is 0 or 1, so Z needs only the start
+model's mean reward m, and the best reward and KL for each beta can be computed. On paper: with beta = 1 / ln 4 a
+rewarded text counts four times. For m = 1/3 that is 4/3 against 2/3, so the optimum has reward 2/3:
 
 >>> reward, kl = optimum(1 / 3, 1 / math.log(4))
 >>> round(reward, 4), round(kl, 4), round(2 / 3 * math.log(2) + 1 / 3 * math.log(1 / 2), 4)
 (0.6667, 0.231, 0.231)
 
-RLHF (reinforcement learning from human feedback) follows the gradient of J. Sampling cannot be differentiated, but
+RLHF (reinforcement learning from human feedback) follows the gradient of J, which can be estimated from samples:
 
     gradient of E[R] = E[(R - b) * gradient of log pi(y)],     R = r(y) - beta * (log pi(y) - log start(y))
 
-holds for every baseline b that does not depend on y (REINFORCE). The closer b is to R, the less noise: at the optimum R
-is the same number, beta * ln Z, for every text, and the noise vanishes altogether.
+for every baseline b that does not depend on y (REINFORCE). The closer b is to R, the lower the variance. At the optimum
+R equals beta * ln Z for every text, so the variance is zero.
 
-DPO (direct preference optimization) needs neither a reward nor samples from the policy, only pairs. It turns the closed
-form around: the policy is the optimum for the reward beta * log(pi(y) / start(y)), up to a constant. So this
-implicit reward is fitted to the pairs, as a classifier (Bradley & Terry 1952: P(chosen > rejected) = sigmoid(r - r')):
+DPO (direct preference optimization) needs neither a reward nor samples from the policy, only pairs. It inverts the
+closed form: every policy is the optimum for the reward beta * log(pi(y) / start(y)), up to a constant. This implicit
+reward is fitted to the pairs by logistic regression (Bradley & Terry 1952: P(y is preferred to y') = sigmoid(r - r')):
 
     loss = -log sigmoid(beta * [log pi(chosen) / start(chosen) - log pi(rejected) / start(rejected)])
 
 The experiment. The decoder generates numbers, digit by digit up to <SEP>; the reward is 1 if the number holds a 7. The
-name that would follow is neither rewarded nor, except in one row, part of the KL. A second reward, 1 if the number is
-divisible by 3, can be had by a shortcut: numbers made of the digits 0, 3, 6 and 9 alone, with nothing to add up.
+name that would follow is not rewarded and, except in one row, not part of the KL. A second reward, 1 if the number is
+divisible by 3, has a shortcut: numbers made only of the digits 0, 3, 6 and 9 need no sum of digits.
 
 Papers: Ziegler et al. 2019, section 2 (RLHF with the KL penalty); Williams 1992 (REINFORCE); Kool et al. 2019 (the
 baseline: the mean of the other samples); Rafailov et al. 2023, section 4 (equation 4: the optimum, 7: DPO). Simplified:
@@ -43,8 +44,8 @@ the reward is a rule, not a model of human judgments, and the pairs are labeled 
 are left out: each batch of samples serves one step. One seed, so read differences between rows with caution.
 
 What you will see (under three minutes on two CPU cores): for each method and beta the reward and KL reached, beside
-those of the optimum; how varied the numbers still are, and how many numbers the model can still name; the collapse
-without a KL penalty; and what the policy does about divisibility. Writes
+those of the optimum; how diverse the numbers still are, and how many numbers the model can still name; the collapse
+without a KL penalty; and how the policy obtains divisibility by 3. Writes
 figures/variations/preference_optimization.png.
 """
 
@@ -267,20 +268,20 @@ def draw(rows: list[tuple], mean_reward: float) -> Figure:
     curve = [optimum(mean_reward, 10 ** (exponent / 20)) for exponent in range(40, -41, -1)] + [optimum(mean_reward, 0)]
     largest = max(1.2, 1.1 * furthest[2]["kl"])
     axes.plot([kl for _, kl in curve] + [largest], [best for best, _ in curve] + [1], color="#222222", label="optimum")
-    styles = {"RLHF": ("#0072B2", "o"), "RLHF, whole texts": ("#56B4E9", "s"), "DPO": ("#E69F00", "D"),
-              "DPO, no label noise": ("#AA4499", "^")}
-    for name, (colour, marker) in styles.items():
+    styles = {"RLHF": ("#0072B2", "o", (-24, 5)), "RLHF, whole texts": ("#56B4E9", "s", (-12, -19)),
+              "DPO": ("#E69F00", "D", (6, -15)), "DPO, no label noise": ("#AA4499", "^", (6, -15))}
+    for name, (colour, marker, offset) in styles.items():
         points = [(row["kl"], row["reward"], beta) for method, beta, row in rows if method == name]
         axes.plot(*list(zip(*points))[:2], marker, color=colour, markersize=9, label=name, linestyle="none")
         for kl, reward, beta in points:
-            axes.annotate(f"{beta:g}", (kl, reward), (6, -14), textcoords="offset points", fontsize=11, color=colour)
+            axes.annotate(f"{beta:g}", (kl, reward), offset, textcoords="offset points", fontsize=11, color=colour)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1, 2, 5, 10], ["0", ".25", ".5", ".75", "1", "2", "5", "10"])
-    axes.set(xlabel="KL to the start model (nats); linear up to 1, then logarithmic; labels: beta",
-             ylabel="numbers that hold a 7", xlim=(-0.03, largest), ylim=(None, 1.04))
+    axes.set(xlabel="KL to the start model (nats, logarithmic above 1)", ylabel="numbers that hold a 7",
+             xlim=(-0.03, largest), ylim=(None, 1.05))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid()
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", title="numbers at the points: beta")
     return figure
 
 
