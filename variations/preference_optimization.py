@@ -281,7 +281,7 @@ def draw(rows: list[tuple], mean_reward: float) -> Figure:
              xlim=(-0.03, largest), ylim=(None, 1.05))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid()
-    axes.legend(frameon=False, loc="lower right", title="numbers at the points: beta")
+    axes.legend(frameon=False, loc="lower center", title="numbers at the points: beta")
     return figure
 
 
