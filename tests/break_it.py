@@ -107,6 +107,22 @@ BREAKS = [
           "rounding has no gradient: the Linear layers stay as they started"),
     Break("one level too many", "variations/quantization", "levels = 2 ** (bits - 1) - 1", "levels = 2 ** (bits - 1)",
           "smaller errors, and integers that do not fit their bits: the packed file holds other numbers"),
+    Break("replacement drawn from p", "variations/speculative_decoding", "leftover(p[n], q[n]), 1", "p[n], 1",
+          "greedy is unaffected; sampled tokens that the draft favors become more frequent than the target has them"),
+    Break("rejected tokens stay cached", "variations/speculative_decoding",
+          "        roll_back(cache, ids.size(1) - 1)\n        examined", "        examined",
+          "after a rejection the target attends to the rejected token, and never reads its replacement"),
+    Break("proposals after a rejection are kept", "variations/speculative_decoding",
+          "accepted.long().cumprod(dim=0).sum()", "accepted.long().sum()",
+          "more tokens per pass, and a text that the target would not have written"),
+    Break("KL with the sign turned", "variations/preference_optimization", "rewards - beta * (log_policy.detach()",
+          "rewards + beta * (log_policy.detach()", "distance from the start model is rewarded: collapse"),
+    Break("DPO without its reference", "variations/preference_optimization",
+          "(log_chosen - start_chosen) - (log_rejected - start_rejected)", "log_chosen - log_rejected",
+          "pairs still get ranked; the policy no longer goes to the optimum for beta, but far beyond"),
+    Break("the baseline contains the text's own return", "variations/preference_optimization",
+          "(returns.sum() - returns) / (len(returns) - 1) ", "returns.mean() ",
+          "a gradient too small by 1 / B: no visible effect at B = 256"),
 ]
 # How a broken variation is put into the model that is retrained; `v` is its module.
 EXCHANGES = {
