@@ -244,10 +244,10 @@ def check(exercise: Exercise) -> None:
         return
     workbench.note_progress(exercise.name, done=time.strftime("%Y-%m-%d"))
     print("Done.\n\n"
-          f"  Your code at work:               python {workbench.shown(path_of(exercise))}\n"
-          f"  Your code against the original:  {COMMAND} {exercise.number} --solution")
+          f"  run it    python {workbench.shown(path_of(exercise))}\n"
+          f"  compare   {COMMAND} {exercise.number} --solution")
     if exercise.number < len(EXERCISES):
-        print(f"  The next exercise:               {COMMAND} {exercise.number + 1}")
+        print(f"  go on     {COMMAND} {exercise.number + 1}")
 
 
 def show_hint(exercise: Exercise) -> None:
