@@ -4,7 +4,7 @@ That the original passes is what the rest of the suite says: an exercise is grad
 """
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import io
 import json
@@ -243,6 +243,12 @@ def test_a_function_that_is_gone_and_a_loop_that_never_ends_are_told_apart(capsy
     monkeypatch.setattr(workbench, "TIME_LIMIT", 0.5)
     with pytest.raises(InputError, match="after 0.5 seconds: is there a loop that never ends"):
         implement.check(CAUSAL)
+
+
+def test_without_pytest_the_command_that_installs_it_is_given(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install -r tests/requirements\.txt"):
+        workbench.run_tests(tmp_path, [])
 
 
 def test_a_copy_that_was_interrupted_is_not_taken_for_a_complete_one(capsys, monkeypatch):
