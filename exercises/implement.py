@@ -234,7 +234,8 @@ def check(exercise: Exercise) -> None:
         print(textwrap.fill(sentence, 98, initial_indent="  NO   " if failed else "  yes  ",
                             subsequent_indent=" " * 7))
         if failed:
-            print(f"         {workbench.explain(failed[0], exercise.file)}")
+            print(textwrap.fill(workbench.explain(failed[0], exercise.file), 98, initial_indent=" " * 9,
+                                subsequent_indent=" " * 9))
     print()
     if holding < len(red):
         difference = describe_difference(source, exercise)

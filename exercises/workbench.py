@@ -114,7 +114,7 @@ def run_tests(folder: Path, tests: list[str]) -> list[Outcome]:
     """
     with tempfile.TemporaryDirectory() as temporary:
         report = Path(temporary) / "report.xml"
-        command = [*pytest_command(tests), f"--junitxml={report}"]
+        command = [*pytest_command(tests), "-vv", f"--junitxml={report}"]  # -vv: both sides of == in full
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIME_LIMIT,
                                   encoding="utf-8", errors="replace")
@@ -134,7 +134,7 @@ def run_tests(folder: Path, tests: list[str]) -> list[Outcome]:
 
 
 def explain(outcome: Outcome, file: str) -> str:
-    """Why a test failed, in one line of ASCII: the line of the learner's file that raised, or what was compared."""
+    """Why a test failed, in a short line of ASCII: the line of the learner's file that raised, or what was compared."""
     code = re.findall(r"^    (\S.*)\nE ", outcome.traceback, re.MULTILINE)  # the statement that failed
     wanted = re.search(r"Greatest absolute difference: \S+ at index \([^)]*\)|Expected \S+ but got .*", outcome.message)
     text = wanted[0] if wanted else outcome.message.strip().partition("\n")[0]
@@ -143,4 +143,4 @@ def explain(outcome: Outcome, file: str) -> str:
     text = text.replace("\N{PLUS-MINUS SIGN}", "+-").encode("ascii", "backslashreplace").decode()
     raised = re.findall(rf"^(?:\S*[\\/])?{re.escape(file)}:(\d+): in ", outcome.traceback, re.MULTILINE)
     text = f"{file}, line {raised[-1]}: {text}" if raised else text
-    return text if len(text) <= 90 else text[:87] + "..."
+    return text if len(text) <= 170 else text[:167] + "..."
