@@ -158,9 +158,9 @@ TESTS = ["test_toy_dataset", "test_all_architectures", "test_decoder_only", "tes
 
 
 def copy_code(folder: Path) -> None:
-    """Copy the repository, without figures and checkpoints."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "figures", "checkpoints", "__pycache__"),
-                    dirs_exist_ok=True)
+    """Copy the repository, without figures, checkpoints and what is not part of it."""
+    left_out = shutil.ignore_patterns(".*", "figures", "checkpoints", "workbench", "venv", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
 
 
 def apply(mistake: Break, folder: Path) -> None:
