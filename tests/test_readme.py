@@ -52,14 +52,15 @@ def test_every_anchor_has_its_heading():
 def test_every_script_that_a_command_runs_exists():
     scripts = set(re.findall(r"[\w/]+\.py\b", README))
     assert len(scripts) > 8
-    assert [name for name in scripts if not (ROOT / name).exists() and not (ROOT / "tests" / name).exists()] == []
+    folders = (ROOT, ROOT / "tests", ROOT / "exercises")
+    assert [name for name in scripts if not any((folder / name).exists() for folder in folders)] == []
 
 
 def test_every_constant_and_function_in_backticks_is_defined():
     quoted = set(re.findall(r"`([A-Za-z_][\w.]*)`", README))
     identifiers = {name for name in quoted if ("_" in name or name.isupper() or re.search(r"[a-z][A-Z]", name))
                    and not name.endswith(".py")} - FOREIGN
-    assert len(identifiers) > 40
+    assert len(identifiers) > 30
     assert identifiers - defined_names() == set()
 
 
