@@ -263,7 +263,7 @@ def draw(found: dict) -> Figure:
         axes.imshow((mask.int() + reach(mask, NUM_LAYERS).int()).numpy(), vmin=0, vmax=2,
                     cmap=ListedColormap(["white", "#F4C88A", "#0072B2"]))
         best, accuracies = statistics.mean(row[0] for row in found[name]), [row[1] for row in found[name]]
-        axes.set_title(f"{name}\nceiling {best:.0%}, model {statistics.mean(accuracies):.0%}", fontsize=12)
+        axes.set_title(f"{name}\nceiling {best:.0%}\nmodel {statistics.mean(accuracies):.0%}", fontsize=12)
         axes.set_xticks([0, T - 1], ["<CLS>", "<SEP>"], fontsize=10)
         axes.set_yticks([0, T - 1], ["<CLS>", "<SEP>"], fontsize=10)
         axes.spines[:].set_visible(True)
