@@ -80,7 +80,7 @@ def visit(browser, html):
 
     def open_at(address="", path=html, width=1200, scheme="light"):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)  # a busy machine is slow, not wrong
         page.on("console", lambda message: problems.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
         page.on("request", lambda request: request.url.startswith(path.as_uri()) or problems.append(request.url))
