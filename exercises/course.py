@@ -559,4 +559,39 @@ EXERCISES = [
         >>> rotate(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([1]))
         """,
     ),
+    Exercise(
+        place="variations/parameter_efficient_fine_tuning.py::LoRALinear.__init__",
+        task="""LoRA: keep a trained Linear layer as it is, and add an update of low rank beside it. Create what forward
+        uses: inner, scale, and the two new matrices, down (A) and up (B), as Linear layers without bias. Training has
+        to start from exactly the base model. Begin with super().__init__().""",
+        see="README.md, Advanced topics",
+        hints=["down maps from in_features to rank, up from rank to out_features. The scale is LORA_ALPHA / rank.",
+               "The update is the product B A. It is zero if one of the two is, but if both are, no gradient reaches "
+               "either: leave A random and set B to zero."],
+        properties={
+            "Before training the model is the base model, to the bit":
+                ["variations/test_parameter_efficient_fine_tuning.py::"
+                 "test_before_training_it_is_the_base_to_the_bit[LoRA, rank 4]"],
+            "It is a Linear layer with the merged weight W + (alpha / r) B A, an update of rank r":
+                ["variations/test_parameter_efficient_fine_tuning.py::"
+                 "test_lora_is_a_linear_layer_with_the_merged_weight"],
+            "Training changes A and B and nothing else":
+                ["variations/test_parameter_efficient_fine_tuning.py::"
+                 "test_a_step_changes_what_is_trained_and_nothing_else[LoRA, rank 4]"],
+        },
+        mistakes={
+            "B is random too, so training does not start from the base model":
+                ("        nn.init.zeros_(self.up.weight)\n", ""),
+            "A is zero too, so no gradient reaches either matrix":
+                ("nn.init.zeros_(self.up.weight)", "nn.init.zeros_(self.up.weight), nn.init.zeros_(self.down.weight)"),
+            "the scale is not divided by the rank": ("LORA_ALPHA / rank", "LORA_ALPHA"),
+        },
+        examples="""
+        >>> _ = torch.manual_seed(0)
+        >>> layer = LoRALinear(nn.Linear(6, 5), rank=2)
+        >>> {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+        >>> layer.scale
+        >>> layer.up.weight.any().item(), layer.down.weight.any().item()
+        """,
+    ),
 ]

@@ -235,7 +235,7 @@ def check(exercise: Exercise) -> None:
                             subsequent_indent=" " * 7))
         if failed:
             print(textwrap.fill(workbench.explain(failed[0], exercise.file), 98, initial_indent=" " * 9,
-                                subsequent_indent=" " * 9))
+                                subsequent_indent=" " * 9, break_on_hyphens=False))
     print()
     if holding < len(red):
         difference = describe_difference(source, exercise)
