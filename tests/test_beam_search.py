@@ -108,3 +108,8 @@ def test_the_batched_search_finds_what_the_readable_one_finds(trained_encoder_de
 def test_on_untrained_models_where_many_texts_compete_both_agree():
     for seed in range(6):
         both(tiny(t5, seed), t5.make_source(342), 3, 1.0, 5)
+
+
+def test_padding_is_never_generated_however_probable_it_is():
+    model = TableModel({SOS_ID: {SOS_ID: {PAD_ID: 0.9, A: 0.1}, A: {PAD_ID: 0.9, EOS_ID: 0.1}}})
+    assert both(model, [SOS_ID], 2, 1.0, 4)[0][1] == [A, EOS_ID]
