@@ -858,7 +858,7 @@ def test_two_processes_reach_what_one_reaches_and_only_one_of_them_prints_and_wr
     assert status == 0 and "on 2 x cpu" in printed and "Traceback" not in errors
     assert silent == (0, "", "")
     assert printed.count("PLAN") == 1 == printed.count("RESULTS")
-    assert printed.count("  step     10") == undisturbed[1].count("  step     10") == 3
+    assert printed.count("  step     10") == undisturbed[1].count("  step     10") == 4
     ours, expected = kill_train_all.files_of(folder), kill_train_all.files_of(undisturbed[0])
     assert ours.keys() == expected.keys()
     for name in ("encoder_only", "encoder_only_tagging", "encoder_only_counting"):
