@@ -19,6 +19,7 @@ All numbers are also written to figures/comparison.json, which visualizations.py
 """
 
 import json
+import logging
 import math
 import os
 import statistics
@@ -32,7 +33,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import decoder_only
@@ -409,6 +409,9 @@ def time_interleaved(calls: dict) -> dict:
     Timer warms up before each timing and waits for a GPU. The rows take turns, so that whatever else the computer does
     slows all of them alike, and the median ignores the rounds in which it was busy.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its import warns if there is no GPU
+    from torch.utils.benchmark import Timer
+
     timers = {name: Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
               for name, call in calls.items()}
     seconds = {name: [] for name in calls}

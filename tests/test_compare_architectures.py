@@ -456,7 +456,7 @@ def test_times_are_medians_in_milliseconds_of_interleaved_rounds(monkeypatch):
     assert 2 <= times["short"] < 8 <= times["long"] < 30
     assert re.fullmatch(r"(s+l+){3}", "".join(order))  # each round times every row
 
-    monkeypatch.setattr(compare.Timer, "timeit", lambda self, n: next(measurements))
+    monkeypatch.setattr("torch.utils.benchmark.Timer.timeit", lambda self, n: next(measurements))
     measurements = iter([measurement_of(seconds) for seconds in (0.001, 0.5, 0.002)])
     assert compare.time_interleaved({"row": None}) == {"row": 2.0}  # the median ignores the slow round
 

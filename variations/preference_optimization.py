@@ -244,12 +244,9 @@ def measure(policy, start, reward, names) -> dict:
 
 def new_figure(title: str, height: float) -> Figure:
     """An empty picture in the style of visualizations.py. The title is a plain sentence that the picture shows."""
-    matplotlib.rcdefaults()  # whatever the reader's own matplotlibrc says, the picture is the same
-    matplotlib.rcParams.update({"font.size": 13, "lines.linewidth": 2.5, "axes.spines.top": False,
-                                "axes.spines.right": False, "axes.axisbelow": True, "grid.color": "#E3E3E3",
-                                "axes.edgecolor": "#707070", "text.color": "#222222", "axes.labelcolor": "#222222"})
-    figure = Figure(figsize=(7, height), dpi=110, layout="constrained")
-    figure.suptitle(textwrap.fill(title, 54), x=0.01, ha="left", fontsize=15, fontweight="bold", linespacing=1.25)
+    matplotlib.rc_file(Path(__file__).resolve().parent.parent / "figures" / "style.mplstyle")
+    figure = Figure(figsize=(matplotlib.rcParams["figure.figsize"][0], height))
+    figure.suptitle(textwrap.fill(title, 54), x=0.01, ha="left", linespacing=1.25)
     return figure
 
 
