@@ -508,7 +508,7 @@ def draw_positional_encoding(table: torch.Tensor) -> Figure:
 
 def draw_masks(masks: dict) -> Figure:
     """masks: as example_masks returns them."""
-    title = "A padding mask hides padding, a causal mask the future; decoder self-attention needs both"
+    title = "A padding mask hides padding, a causal mask the future; combined with & they hide both"
     figure = new_figure(title, 7.4,
                         "Rows: queries. Filled: the keys they may attend to. For 42, padded beside 342.")
     colors = [ENCODER_ONLY, DECODER_ONLY, DECODER_ONLY, ENCODER_DECODER]
