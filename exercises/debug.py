@@ -189,7 +189,7 @@ BUGS = [
         ["test_all_architectures.py::test_each_step_follows_the_gradient_of_its_own_batch_alone[decoder_only]"],
     ),
     Bug(
-        "what is not hidden counts too",
+        "loss on unmasked tokens too",
         "Since last week the pretraining loss has been much lower, yet the pretrained model is worse at predicting "
         "masked tokens. I counted the targets that the loss is computed from; it should be 15% of digits and words.",
         """
@@ -222,7 +222,7 @@ BUGS = [
          "test_encoder_decoder.py::test_every_output_sees_the_whole_source_and_no_later_target"],
     ),
     Bug(
-        "the source's padding is seen",
+        "source padding is attended to",
         "The logits for 342 depend on how long the other numbers in the batch are.",
         """
         import torch, encoder_decoder as t5
@@ -239,7 +239,7 @@ BUGS = [
         ["test_encoder_decoder.py::test_what_stands_in_the_sources_padding_changes_nothing"],
     ),
     Bug(
-        "the cache stays behind its beam",
+        "caches not reordered with their beams",
         "beam_search is the batched version of beam_search_one, so both should find the same texts with the same "
         "scores. Greedy decoding works, and so does a beam of width 1.",
         """

@@ -223,7 +223,7 @@ def test_a_beam_never_finds_a_less_likely_text_than_greedy_decoding(trained_enco
     assert sum(better) >= 0.95 * len(better)  # it prunes, so it need not always; it nearly always does
 
 
-def test_a_higher_length_penalty_favours_longer_texts(trained_encoder_decoder):
+def test_a_higher_length_penalty_favors_longer_texts(trained_encoder_decoder):
     sources = [t5.make_source(number) for number in toy_dataset.make_splits().test[:40]]
     lengths = [t5.beam_search(trained_encoder_decoder, sources, 8, penalty)[0][:, 0].ne(PAD_ID).sum().item()
                for penalty in (0.0, 4.0)]

@@ -41,11 +41,11 @@ OTHERWISE = {
     "targets not shifted": ("    targets = text[1:]\n", "    targets = [*text[1:]]\n"),
     "padding is attended to": ("make_padding_mask(ids)", "(ids != PAD_ID)[:, None, None]"),
     "gradients never zeroed": ("    optimizer.zero_grad() ", "    model.zero_grad() "),
-    "what is not hidden counts too": ("ids.masked_fill(~chosen, IGNORE)", "torch.where(chosen, ids, IGNORE)"),
+    "loss on unmasked tokens too": ("ids.masked_fill(~chosen, IGNORE)", "torch.where(chosen, ids, IGNORE)"),
     "no cross-attention": ("x = x + self.dropout(\n            self.cross_attention(",
                            "x = x + 1 * self.dropout(\n            self.cross_attention("),
-    "the source's padding is seen": ("make_padding_mask(source)", "(source != PAD_ID)[:, None, None]"),
-    "the cache stays behind its beam": ("parent.gather(1, best)", "torch.gather(parent, 1, best)"),
+    "source padding is attended to": ("make_padding_mask(source)", "(source != PAD_ID)[:, None, None]"),
+    "caches not reordered with their beams": ("parent.gather(1, best)", "torch.gather(parent, 1, best)"),
 }
 
 

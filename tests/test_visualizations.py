@@ -189,7 +189,7 @@ def test_the_masks_hide_padding_and_the_future():
     assert masks["cross-attention"][1:] == (["<SOS>", "forty", "two", "<PAD>", "<PAD>"], ["4", "2", "<EOS>", "<PAD>"])
 
 
-def test_without_the_scale_the_largest_weight_grows_towards_1_and_with_it_stays():
+def test_without_the_scale_the_largest_weight_grows_toward_1_and_with_it_stays():
     raw, scaled = visualizations.largest_weights([4, 64, 1024])
     assert raw[0] < raw[1] < raw[2] and raw[2] > 0.9
     assert max(scaled) - min(scaled) < 0.05 and max(scaled) < 0.4
