@@ -115,7 +115,7 @@ BREAKS = [
     Break("proposals after a rejection are kept", "variations/speculative_decoding",
           "accepted.long().cumprod(dim=0).sum()", "accepted.long().sum()",
           "more tokens per pass, and a text that the target would not have written"),
-    Break("KL penalty with the wrong sign", "variations/preference_optimization", "rewards - beta * (log_policy.detach()",
+    Break("KL with the wrong sign", "variations/preference_optimization", "rewards - beta * (log_policy.detach()",
           "rewards + beta * (log_policy.detach()", "distance from the start model is rewarded: collapse"),
     Break("DPO without its reference", "variations/preference_optimization",
           "(log_chosen - start_chosen) - (log_rejected - start_rejected)", "log_chosen - log_rejected",

@@ -307,8 +307,8 @@ def print_table(title: str, rows: list[Row], found: dict[str, list[float]]) -> N
     # By chance the ranges of two equally good rows are disjoint in 2 of C(2n, n) orders.
     by_chance = 2 * len(others) / math.comb(2 * len(SEEDS), len(SEEDS))
     say(f"Better than the base beyond seed noise: {'; '.join(better) or 'nothing'}. Worse: "
-        f"{'; '.join(worse) or 'nothing'}. (Of {len(others)} rows that change nothing, {by_chance:.1f} would look "
-        f"different by chance.)")
+        f"{'; '.join(worse) or 'nothing'}. (If none of the {len(others)} changes had an effect, "
+        f"{by_chance:.1f} rows would be expected to look different by chance.)")
 
 
 def main() -> None:

@@ -293,8 +293,8 @@ def main() -> None:
                   f"{milliseconds:10.1f}")
     first, last = LENGTHS[0], LENGTHS[-1]
     growth = {name: found[last][name][2] / found[first][name][2] for name in VERSIONS}
-    say(f"From T = {first} to {last}, {last // first} times as long, what is kept for the backward pass grows "
-        + ", ".join(f"{growth[name]:.0f} times ({name})" for name in VERSIONS) + ".")
+    say(f"From T = {first} to {last}, {last // first} times as long, the memory kept for the backward pass grows "
+        "by a factor of " + ", ".join(f"{growth[name]:.0f} ({name})" for name in VERSIONS) + ".")
     largest = max(abs(a - b) for a, b in zip(*losses))
     say(f"Trained with it for {NUM_STEPS} steps, the decoder's losses differ from the base model's by at most "
         f"{largest:.1e} (from {losses[0][0]:.3f} down to {losses[0][-1]:.3f}).")

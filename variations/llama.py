@@ -287,11 +287,11 @@ def main() -> None:
 
     print(f"\nD_MODEL {D_MODEL}, {NUM_EPOCHS} epochs: loss on held-out names (0 is possible) and exact match,\n"
           f"mean of {len(SEEDS)} seeds (range)\n")
-    print(f"  {'':10}{'parameters':>11}{'cache':>9}{'ms a':>6}{'loss at':>9}\n"
-          f"  {'':10}{'':>11}{'B/token':>9}{'step':>6}{'half':>9}{'loss at the end':>27}{'exact match':>23}")
+    print(f"  {'':10}{'parameters':>11}{'cache':>9}{'ms per':>8}{'loss at':>9}\n"
+          f"  {'':10}{'':>11}{'B/token':>9}{'step':>8}{'half':>9}{'loss at the end':>27}{'exact match':>23}")
     for row, r in found.items():
         loss = f"{statistics.mean(r['loss']):.4f} ({min(r['loss']):.4f} to {max(r['loss']):.4f})"
-        print(f"  {row:10}{r['parameters']:11,}{r['bytes']:9,.0f}{milliseconds[row]:6.0f}"
+        print(f"  {row:10}{r['parameters']:11,}{r['bytes']:9,.0f}{milliseconds[row]:8.0f}"
               f"{statistics.mean(r['half']):9.3f}{loss:>27}{spread(r['exact']):>23}")
     base = found["base"]
     verdicts = {"lower": [], "higher": [], "same": []}

@@ -413,9 +413,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 def draw(found: dict, untouched: float) -> Figure:
     """Exact match in the dialect, a row for each method, by number of trained parameters."""
     full, lora = found["full fine-tuning"], found["LoRA, rank 4"]
+    beyond = "beyond" if differ(lora["dialect"], full["dialect"]) else "within"
     figure = new_figure(f"LoRA of rank 4 trains {lora['parameters'] / full['parameters']:.0%} of the parameters and "
                         f"reaches {statistics.mean(lora['dialect']):.0%}, full fine-tuning "
-                        f"{statistics.mean(full['dialect']):.0%}", 4.8)
+                        f"{statistics.mean(full['dialect']):.0%} ({beyond} seed noise)", 4.8)
     axes = figure.subplots()
     rows = sorted(found.items(), key=lambda item: item[1]["parameters"])
     for y, (_, row) in enumerate(rows):
@@ -429,8 +430,8 @@ def draw(found: dict, untouched: float) -> Figure:
     axes.set(xlabel="exact match in the dialect, mean and range", xlim=(0, 1), ylabel="method: trained parameters")
     axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(axis="x")
-    axes.plot([], [], "o", color="#0072B2", markersize=9, label="added to the base, which stays intact")
-    axes.plot([], [], "s", color="#E69F00", markersize=9, label="the base's own, overwritten")
+    axes.plot([], [], "o", color="#0072B2", markersize=9, label="added; the base stays intact")
+    axes.plot([], [], "s", color="#E69F00", markersize=9, label="overwrites the base's parameters")
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=2, fontsize=11)
     return figure
 
@@ -453,7 +454,7 @@ def main() -> None:
     floor = statistics.mean(units_first(words) == words for words in map(number_to_words, tests))
     print(f"\nFINE-TUNED on {NUM_EXAMPLES:,} names with units before tens, {NUM_STEPS} steps of {BATCH_SIZE}\n"
           f"exact match on {len(tests)} held-out numbers, mean of {len(SEEDS)} seeds (range)\n"
-          f"in, out: in English, with what was trained and after taking it out\n\n"
+          f"in, out: exact match in English with the trained part in place, and with it removed\n\n"
           f"  {'':18}{'trained':>9}{'bytes':>10}{'rate':>8}{'dialect':>25}{'in':>8}{'out':>8}")
     untouched = exact_match(base, "units first", tests)
     print(f"  {'base':18}{0:9}{0:10}{'':8}{untouched:>25.1%}{exact_match(base, 'English', tests):8.1%}")
@@ -467,17 +468,17 @@ def main() -> None:
     edge = [method for method, row in found.items() if row["rate"] in (LEARNING_RATES[0], LEARNING_RATES[-1])]
     say(f"Worse in the dialect than the base without any training: {', '.join(below) or 'none'}. Best at the lowest "
         f"or highest learning rate tried, so perhaps better still beyond it: {', '.join(edge) or 'none'}.")
-    say(f"{floor:.1%} of the names are the same in both languages: what a perfect speaker of one scores in the other.")
+    say(f"{floor:.1%} of the names are the same in both languages: the score in one of a perfect model of the other.")
     exact = [method for method, row in found.items() if all(row["same"])]
-    say(f"Taken out, the logits are the base's to the bit: {', '.join(exact) or 'none'}. The others overwrite "
-        f"parameters of the base: going back takes the old values, which are as many bytes again.")
+    say(f"With the trained part removed, the logits are bit-identical to the base's: {', '.join(exact) or 'none'}. "
+        "The others overwrite parameters of the base; undoing that requires the old values, as many bytes again.")
 
     print("\nTWO DIALECTS, one base and a LoRA adapter of rank 4 for each: exact match by language\n\n  "
           + " " * 18 + "".join(f"{language:>14}" for language in LANGUAGES))
     for name, shares in table.items():
         print(f"  {name:18}" + "".join(f"{share:14.1%}" for share in shares.values()))
     say(f"Merged into the weights, the adapter changes no logit by more than {changed:.0e}. Both merged together, "
-        f"which nothing was trained for, name {table['+ both']['both']:.1%} of the numbers with both rules.")
+        f"a combination that was never trained, name {table['+ both']['both']:.1%} of the numbers with both rules.")
     save_figure(draw(found, untouched), FIGURE)
 
 

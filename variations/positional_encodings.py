@@ -433,9 +433,10 @@ def main() -> None:
     for name, shares in accuracies.items():
         print(f"  {name:33}" + "".join(f"{share:7.0%}" for share in shares) + f"{beyond[name]:9.0%}")
     furthest = max(ENCODINGS, key=beyond.get)
-    stretched = [f"{name} {share:.0%}" for name, share in beyond.items() if name not in ENCODINGS]
+    stretched = [f"{share:.0%} ({name})" for name, share in beyond.items() if name not in ENCODINGS]
     say(f"Beyond the trained lengths {furthest} is best, {beyond[furthest]:.0%} correct (sinusoidal, the base: "
-        f"{beyond['sinusoidal']:.0%}). RoPE {beyond['RoPE']:.0%}; stretched: {'; '.join(stretched)}.")
+        f"{beyond['sinusoidal']:.0%}). RoPE reaches {beyond['RoPE']:.0%}; stretched or trained further: "
+        f"{', '.join(stretched)}.")
 
     print(f"\n(b) BASE TASK, {NUM_EPOCHS} epochs: held-out numbers misnamed, mean of {len(SEEDS)} seeds (range)\n")
     print(f"  {'':12}{'with a zero':>24}{'without':>24}")

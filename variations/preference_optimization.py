@@ -279,7 +279,7 @@ def draw(rows: list[tuple], mean_reward: float) -> Figure:
              xlim=(-0.03, largest), ylim=(None, 1.05))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid()
-    axes.legend(frameon=False, loc="lower center", title="numbers at the points: beta")
+    axes.legend(frameon=False, loc="lower center", title="labels: beta")
     return figure
 
 
@@ -291,7 +291,7 @@ def say(text: str) -> None:
 def show_rewards(rows: list[tuple], mean_reward: float, reward_name: str) -> None:
     """The table: (method, beta, what measure found) for each row, beside the optimum's numbers."""
     errors = [max(row[key] for _, _, row in rows) for key in ("reward_error", "kl_error")]
-    print(f"\nREWARD: THE NUMBER {reward_name.upper()}; J = reward - beta KL; the number in brackets is the optimum's\n"
+    print(f"\nREWARD: THE NUMBER {reward_name.upper()}; J = reward - beta KL; in parentheses, the optimum\n"
           f"Standard errors: of reward at most {errors[0]:.3f}, of KL at most {errors[1]:.3f}\n\n"
           f"  {'':20}{'beta':>5}{'reward':>15}{'KL':>15}{'J':>15}{'distinct':>10}{'numbers':>9}{'named':>7}")
     for method, beta, row in rows:
@@ -343,16 +343,16 @@ def main() -> None:
     gaps = [f"{beta:g}: RLHF {gap['RLHF']:.3f}, DPO {gap['DPO']:.3f}" for beta in BETAS for gap in [
         {method: optimum(mean_reward, beta)[0] - beta * optimum(mean_reward, beta)[1]
          - by_name[method, beta]["reward"] + beta * by_name[method, beta]["kl"] for method in ("RLHF", "DPO")}]]
-    say(f"How much of J is missing to the optimum, by beta: {'; '.join(gaps)}.")
+    say(f"Shortfall of J from the optimum, by beta: {'; '.join(gaps)}.")
     collapsed = by_name["RLHF", 0.0]
     number, count = Counter(number for number in collapsed["numbers"] if number is not None).most_common(1)[0]
     say(f"Without a KL penalty the most frequent number is {number}, in {count / NUM_SAMPLES:.0%} of the samples, and "
         f"the KL is {collapsed['kl']:.1f} nats. Reward 1 is possible at {-math.log(mean_reward):.2f} nats: the start "
         "model, restricted to the numbers with a 7.")
-    say(f"Names were in no loss, yet with beta {BETAS[1]:g} the share of held-out numbers named correctly goes from "
-        f"{by_name['start model', None]['naming']:.1%} to {by_name['RLHF', BETAS[1]]['naming']:.1%} with RLHF and "
-        f"{by_name['DPO', BETAS[1]]['naming']:.1%} with DPO. With the names inside the KL: "
-        f"{by_name['RLHF, whole texts', BETAS[1]]['naming']:.1%}.")
+    named = {method: f"{by_name[method, beta]['naming']:.1%}" for method, beta in by_name if beta in (None, BETAS[1])}
+    say(f"Names were not part of any loss, and with beta {BETAS[1]:g} the share of held-out numbers named correctly "
+        f"goes from {named['start model']} to {named['RLHF']} with RLHF and {named['DPO']} with DPO. With the names "
+        f"inside the KL: {named['RLHF, whole texts']}.")
 
     show_rewards([shortcut], mean_by_3, "is divisible by 3")
     easy = {number for number in range(10 ** MAX_DIGITS) if set(str(number)) <= set("0369")}

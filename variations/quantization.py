@@ -385,7 +385,7 @@ def main() -> None:
 
     print(f"\nWEIGHTS rounded, everything else float32. Exact match on {NUM_TESTS:,} held-out numbers,\n"
           f"mean of {len(SEEDS)} models (range)\n"
-          f"error: the largest of any weight, as a share of its bound, half a step\n\n"
+          f"error: the largest rounding error, relative to its bound of half a step\n\n"
           f"  {'bits':>4}  {'one scale per':15}{'file, bytes':>14}{'error':>9}{'exact match':>25}")
     exact = {}
     for (bits, granularity), rows in found["weights"].items():

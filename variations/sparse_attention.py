@@ -256,7 +256,7 @@ def draw(found: dict) -> Figure:
     T = MAX_DIGITS + 2
     patterns = make_patterns(SEEDS[0])
     blind = [name for name in patterns if not reach(patterns[name](T), NUM_LAYERS).all()]
-    title = f"{NUM_LAYERS} layers reach the whole text, except with: {', '.join(blind) or 'none'}"
+    title = f"{NUM_LAYERS} layers reach the whole text, except with {' and '.join(blind) or 'none'}"
     figure = new_figure(title, 6.2)
     for axes, (name, pattern) in zip(figure.subplots(2, 3).flat, patterns.items()):
         mask = pattern(T)
@@ -267,7 +267,7 @@ def draw(found: dict) -> Figure:
         axes.set_xticks([0, T - 1], ["<CLS>", "<SEP>"], fontsize=10)
         axes.set_yticks([0, T - 1], ["<CLS>", "<SEP>"], fontsize=10)
         axes.spines[:].set_visible(True)
-    figure.supxlabel(f"blue: attended (column) by the row; orange: reached through {NUM_LAYERS} layers", fontsize=12)
+    figure.supxlabel(f"blue: the row attends to the column; orange: reached through {NUM_LAYERS} layers", fontsize=12)
     return figure
 
 
@@ -302,8 +302,9 @@ def main() -> None:
               f"{spread(accuracies):>26}")
     distance = {name: statistics.mean(best - accuracy for best, accuracy in rows) for name, rows in found.items()}
     over = max(accuracy - best for rows in found.values() for best, accuracy in rows)
-    say(f"The models come to within {max(distance.values()):.1%} of their ceilings; the most that one exceeds it is "
-        f"{max(over, 0):.1%} (the test numbers' lengths are drawn, the ceiling is for equally many of each).")
+    say(f"On average the models come to within {100 * max(distance.values()):.1f} points of their ceilings. The "
+        f"most by which a single run exceeds its ceiling is {100 * max(over, 0):.1f} points: the lengths of the test "
+        "numbers are drawn at random, and the ceiling is computed for equally many of each.")
     save_figure(draw(found), FIGURE)
 
 

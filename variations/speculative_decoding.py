@@ -300,8 +300,9 @@ def show_workload(workload: str, rows: dict[str, dict]) -> None:
             f"{nats_of(['draft alone'])}.")
     else:
         same = min(rows[name]["same"] for name in checked)
-        say(f"Texts equal to the target's own, token for token: at least {same} of {NUM_TEXTS} in every row with "
-            f"speculation; from the draft alone {rows['draft alone']['same']}.")
+        share = "all" if same == NUM_TEXTS else f"at least {same} of"
+        say(f"Texts equal to the target's own, token for token: {share} {NUM_TEXTS} in every row with speculation; "
+            f"{rows['draft alone']['same']} from the draft alone.")
 
 
 def main() -> None:

@@ -138,6 +138,6 @@ def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, caps
     parameter_efficient_fine_tuning.main()
     printed = capsys.readouterr().out
     assert all(f"  {method} " in printed for method in METHODS) and printed.isascii()
-    assert f"the base's to the bit: {', '.join(ADDED)}." in " ".join(printed.split())
+    assert f"bit-identical to the base's: {', '.join(ADDED)}." in " ".join(printed.split())
     assert [line for line in printed.splitlines() if len(line) > 100] == []
     assert picture.stat().st_size < 200_000
