@@ -94,6 +94,19 @@ def test_sources_that_are_done_leave_and_the_others_find_what_they_find_alone(nu
         assert [strip(row) for row, value in zip(ids, values) if value > -math.inf] == [row for _, row in alone]
 
 
+def test_as_many_hypotheses_go_on_when_several_end_in_the_same_step():
+    # The best four of step 2 are [B, EOS] 0.36, [A, A] 0.24, [A, EOS] 0.21, [A, B] 0.15: both unfinished ones go on.
+    model = TableModel({SOS_ID: PAPER | {A: {A: 0.4, EOS_ID: 0.35, B: 0.25}}})
+    assert [ids for _, ids in both(model, [SOS_ID], 2, 1.0)] == [[B, EOS_ID], [A, B, EOS_ID]]
+
+
+def test_each_hypothesis_keeps_reading_its_own_source():
+    mirrored = {SOS_ID: {A: 0.4, B: 0.6}, B: {B: 0.4, A: 0.35, EOS_ID: 0.25}, A: {A: 0.05, B: 0.05, EOS_ID: 0.9}}
+    model = TableModel({A: PAPER, B: mirrored})
+    texts, _ = t5.beam_search(model, [[A], [B]], 2, 1.0)
+    assert [strip(row) for row in texts.flatten(0, 1)] == [[B, EOS_ID], [A, B, EOS_ID], [A, EOS_ID], [B, A, EOS_ID]]
+
+
 @pytest.mark.parametrize("beam_width", [1, 2, 5])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
 def test_the_batched_search_finds_what_the_readable_one_finds(trained_encoder_decoder, beam_width, length_penalty):
