@@ -34,7 +34,7 @@ BUILDING A MODEL; what follows is validation, checkpoints and demonstrations.
 
 Papers: Radford et al. 2018, 2019 (GPT, GPT-2); Vaswani et al. 2017, "Attention Is All You Need" (the parts).
 Simplified here: positions are sinusoidal, where GPT learns a vector per position; embeddings are multiplied by sqrt(C),
-as in the 2017 paper but not in GPT; weights start from Xavier's distribution, where GPT-2 draws them with standard
+as in the 2017 paper but not in GPT; weights start from Xavier initialization, where GPT-2 draws them with standard
 deviation 0.02 and shrinks the projections into the residual stream by 1/sqrt(2 * NUM_LAYERS); GELU is exact, where
 GPT-2 approximates it with tanh; and a token is a whole word or digit, where GPT uses subwords.
 
@@ -76,9 +76,9 @@ MAX_LENGTH = 64       # longest sequence, prompt and answer together. Try 16 (to
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 10       # passes over the training numbers. Try 1, 3, 20
 LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (diverges: see the error)
-FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
+FINAL_LEARNING_RATE_RATIO = 0.01  # final learning rate / peak. Try 1.0: no decay
 WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
-WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
+WEIGHT_DECAY = 0.1    # shrinks the weight matrices toward zero. Try 0, 1.0
 GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
 LOSS_ON_PROMPT = True # loss on the digits too? Try False: it still translates, but cannot generate numbers
 SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
@@ -88,7 +88,7 @@ MAX_NEW_TOKENS = 24   # limit if <EOS> is never generated. Try 3: cut-off names
 TEMPERATURE = 0.0     # 0 is greedy; 1 samples from the model's distribution. Try 0.7, 1.5
 TOP_K = None          # sample from the k most likely tokens only. Try 5 (with TEMPERATURE 1)
 TOP_P = None          # sample from the smallest set with this total probability. Try 0.9 (with TEMPERATURE 1)
-REPETITION_PENALTY = 1.0  # above 1, generated tokens become less likely. Try 2: some names that repeat a word break
+REPETITION_PENALTY = 1.0  # above 1, generated tokens become less likely. Try 2: it breaks names that repeat words
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
 PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
 
@@ -105,8 +105,8 @@ class PositionalEncoding(nn.Module):
         PE(pos, 2i)   = sin(pos / 10000^(2i / C))
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
-    Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
-    (A causal mask reveals some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a hand of
+    Without it, attention ignores order: permuting the input permutes the output, so 12 and 21 look the same.
+    (A causal mask gives away some of the order, but too little to name numbers well.) Each pair (2i, 2i+1) is a hand of
     a clock; the first turns once in 6 positions, the last once in tens of thousands. A step of k positions turns each
     hand by an angle that depends only on k, so attention can learn "k to the left" once for all positions.
     """
@@ -134,8 +134,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
     True = may attend. Returns (output (..., T, d_k), weights (..., T, S)). Time is T * S * d_k and memory T * S per
-    head: twice the text costs four times as much. F.scaled_dot_product_attention computes the same output in one fused
-    kernel, which is faster on a GPU but hides the weights; a test compares the two.
+    head: doubling the length quadruples both. F.scaled_dot_product_attention computes the same output in one fused
+    kernel, which is faster on a GPU but does not return the weights; a test compares the two.
 
     Three tokens, two dimensions, to work through by hand. The factor sqrt(2) cancels the scaling, and ln 2 turns the
     exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
@@ -162,8 +162,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). The sum of d_k random products of variance 1 has standard deviation sqrt(d_k):
-    # without the division softmax would saturate, with nearly all weight on one position and almost no gradient.
+    # scores = Q K^T / sqrt(d_k). The sum of d_k independent products of variance 1 has standard deviation
+    # sqrt(d_k): without the division, softmax would put nearly all weight on one position, and gradients would vanish.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
@@ -258,7 +258,7 @@ class DecoderLayer(nn.Module):
 
     The sums form the residual stream: an identity path from the embedding to the output, along which gradients flow
     back undiminished. Normalizing inside the branch ("pre-norm", GPT-2) leaves that path free; the 2017 paper
-    normalized after the sum ("post-norm"), which needs careful warmup, the more so in deep stacks (Xiong et al. 2020).
+    normalized after the sum ("post-norm"), which needs careful warmup, especially in deep stacks (Xiong et al. 2020).
 
     The norm is LayerNorm (Ba et al. 2016): it shifts and scales each position's vector to mean 0 and variance 1, then
     applies a learned scale and shift. (1, 2, 6) has mean 3 and variance 14/3, so it becomes (-2, -1, 3) / sqrt(14/3):
@@ -328,14 +328,14 @@ class DecoderOnlyTransformer(nn.Module):
         cache: from new_cache(). Only the T positions that it does not hold yet are computed.
 
         Padding may be on the left (prompts) or on the right (training batches) and never changes the logits of real
-        tokens. On the right the causal mask hides it already; the padding mask is needed on the left. Positions are
+        tokens. On the right the causal mask already hides it; on the left the padding mask is needed. Positions are
         counted from the first real token.
         """
         check_length(ids, self.constants["MAX_LENGTH"])
         S, start = ids.size(1), 0 if cache is None else len(cache[0])
         positions = ((ids != PAD_ID).cumsum(dim=1) - 1).clamp(min=0)                    # (B, S): 0 at the first token
         mask = make_padding_mask(ids)                                                   # (B, 1, 1, S)
-        if S - start > 1:  # a single new token comes last: nothing later is there to be hidden
+        if S - start > 1:  # a single new token comes last: there is nothing later to mask
             mask = mask & make_causal_mask(S - start, S, ids.device)                    # (B, 1, T, S)
         x = self.embed(ids[:, start:], positions[:, start:])                            # (B, T, C)
         for i, layer in enumerate(self.layers):
@@ -379,8 +379,8 @@ def predict(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
     Teacher forcing: the input is the true text, not the model's own output, so one pass trains all T predictions in
     parallel. The causal mask hides each position's target, which is the next input token. The price is exposure bias
-    (Bengio et al. 2015): in training the model never sees a text that it got wrong, in generation it may have to
-    continue one.
+    (Ranzato et al. 2016): in training the model never continues a text that contains its own mistakes; in generation
+    it may have to.
     """
     device = next(model.parameters()).device
     return model(batch["ids"].to(device)), batch["targets"].to(device)
@@ -391,7 +391,7 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
         loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
-    A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
+    A perplexity of 10 is the uncertainty of a choice among 10 equally likely tokens. Sum and number are returned
     separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight all
     targets equally. The mean of batch means would overweight the targets of small batches.
     """
@@ -423,7 +423,7 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square, so
     a weight moves by at most about the learning rate per step, whether its gradients are large or tiny. (Both means are
     also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them large. Norm scales,
-    which belong near 1, biases and, by convention, embeddings are not decayed.
+    which belong near 1, biases and embeddings are not decayed (BERT and nanoGPT do decay embeddings).
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
@@ -500,7 +500,7 @@ def evaluate(model, loader) -> dict:
     """Evaluate on held-out numbers. Returns loss (nats per target), exact_match and mistakes.
 
     exact_match: fraction of the numbers whose every answer token is correct. One wrong word makes the name of another
-    number, or no name at all, so nothing less counts. mistakes: the indices of the others, in the loader's order.
+    number, or no name at all, so there is no partial credit. mistakes: the indices of all others, in loader order.
 
     Each word is predicted given the true words before it. For greedy decoding that makes no difference: until its first
     mistake it sees the same prefix, and that mistake counts here too.
@@ -533,7 +533,7 @@ def scale_by_temperature(logits, temperature):
 
 
 def keep_top_k(logits, k):
-    """Keep the k most likely tokens (Fan et al. 2018): too many when the model is confident, too few when it is not.
+    """Keep the k most likely tokens (Fan et al. 2018). If the model is confident, k is often too many; if not, too few.
 
     >>> keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), k=2)
     tensor([[3., -inf, 2., -inf]])
@@ -605,7 +605,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens=MAX_NEW_TOKENS, tem
     check_length(ids, model.constants["MAX_LENGTH"])
     cache = model.new_cache() if use_cache else None
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    # + 1: the last token that is generated is never read, so it needs no position.
+    # + 1: the last generated token is never fed back into the model, so it needs no position.
     for _ in range(min(max_new_tokens, model.constants["MAX_LENGTH"] + 1 - longest)):
         logits = model(ids, cache)[:, -1].float()          # (B, V), in float32 whatever the model computes in
         logits[:, PAD_ID] = -math.inf                      # never generate padding

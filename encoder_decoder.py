@@ -41,8 +41,8 @@ BUILDING A MODEL; what follows is validation, checkpoints and demonstrations.
 Papers: Vaswani et al. 2017, "Attention Is All You Need"; Raffel et al. 2020 (T5); Wu et al. 2016 (GNMT, beam search).
 Simplified here, compared with the 2017 paper: pre-norm and GELU, not post-norm and ReLU. Compared with T5: no
 span-corruption pretraining; sinusoidal positions, where T5 learns a bias per relative distance; LayerNorm, not RMSNorm;
-scores scaled by 1/sqrt(d_k) and embeddings by sqrt(C); biases; GELU, not ReLU (version 1.1: gated GELU). Compared with
-GNMT: a length penalty of length**p, not ((5 + length) / 6)**p, and no coverage term.
+GELU, not ReLU (version 1.1: gated GELU); scaled scores, scaled embeddings and biases, which T5 does without. Compared
+with GNMT: a length penalty of length**p, not ((5 + length) / 6)**p, and no coverage term.
 
 Letters used for shapes, here and in the other two files:
 B batch, T positions (S those attended to), C = D_MODEL, H heads, d_k = C / H per head, V vocabulary.
@@ -80,9 +80,9 @@ MAX_LENGTH = 64       # maximum length of source and target. Try 8 (too short: s
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 8        # passes over the training numbers. Try 1, 3, 20
 LEARNING_RATE = 1e-3  # the peak. Try 1e-4 (slow), 2e-2 (unstable), 10 (diverges: see the error)
-FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
+FINAL_LEARNING_RATE_RATIO = 0.01  # final learning rate / peak. Try 1.0: no decay
 WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
-WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
+WEIGHT_DECAY = 0.1    # shrinks the weight matrices toward zero. Try 0, 1.0
 GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
 SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
 
@@ -110,8 +110,8 @@ class PositionalEncoding(nn.Module):
         PE(pos, 2i)   = sin(pos / 10000^(2i / C))
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
-    Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
-    (A causal mask reveals some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a hand of
+    Without it, attention ignores order: permuting the input permutes the output, so 12 and 21 look the same.
+    (A causal mask gives away some of the order, but too little to name numbers well.) Each pair (2i, 2i+1) is a hand of
     a clock; the first turns once in 6 positions, the last once in tens of thousands. A step of k positions turns each
     hand by an angle that depends only on k, so attention can learn "k to the left" once for all positions.
     """
@@ -139,8 +139,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
     True = may attend. Returns (output (..., T, d_k), weights (..., T, S)). Time is T * S * d_k and memory T * S per
-    head: twice the text costs four times as much. F.scaled_dot_product_attention computes the same output in one fused
-    kernel, which is faster on a GPU but hides the weights; a test compares the two.
+    head: doubling the length quadruples both. F.scaled_dot_product_attention computes the same output in one fused
+    kernel, which is faster on a GPU but does not return the weights; a test compares the two.
 
     Three tokens, two dimensions, to work through by hand. The factor sqrt(2) cancels the scaling, and ln 2 turns the
     exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
@@ -167,8 +167,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). The sum of d_k random products of variance 1 has standard deviation sqrt(d_k):
-    # without the division softmax would saturate, with nearly all weight on one position and almost no gradient.
+    # scores = Q K^T / sqrt(d_k). The sum of d_k independent products of variance 1 has standard deviation
+    # sqrt(d_k): without the division, softmax would put nearly all weight on one position, and gradients would vanish.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
@@ -268,7 +268,7 @@ class EncoderLayer(nn.Module):
 
     The sums form the residual stream: an identity path from the embedding to the output, along which gradients flow
     back undiminished. Normalizing inside the branch ("pre-norm", GPT-2) leaves that path free; the 2017 paper
-    normalized after the sum ("post-norm"), which needs careful warmup, the more so in deep stacks (Xiong et al. 2020).
+    normalized after the sum ("post-norm"), which needs careful warmup, especially in deep stacks (Xiong et al. 2020).
 
     The norm is LayerNorm (Ba et al. 2016): it shifts and scales each position's vector to mean 0 and variance 1, then
     applies a learned scale and shift. (1, 2, 6) has mean 3 and variance 14/3, so it becomes (-2, -1, 3) / sqrt(14/3):
@@ -422,8 +422,8 @@ def predict(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
     Teacher forcing: the decoder's input is the true target, not its own output, so one pass trains all T predictions in
     parallel. The causal mask hides each position's target, which is the next input token. The price is exposure bias
-    (Bengio et al. 2015): in training the model never sees a text that it got wrong, in generation it may have to
-    continue one.
+    (Ranzato et al. 2016): in training the model never continues a text that contains its own mistakes; in generation
+    it may have to.
     """
     device = next(model.parameters()).device
     return model(batch["source"].to(device), batch["target"].to(device)), batch["targets"].to(device)
@@ -434,7 +434,7 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
         loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
-    A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
+    A perplexity of 10 is the uncertainty of a choice among 10 equally likely tokens. Sum and number are returned
     separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight all
     targets equally. The mean of batch means would overweight the targets of small batches.
     """
@@ -466,7 +466,7 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square, so
     a weight moves by at most about the learning rate per step, whether its gradients are large or tiny. (Both means are
     also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them large. Norm scales,
-    which belong near 1, biases and, by convention, embeddings are not decayed.
+    which belong near 1, biases and embeddings are not decayed (BERT and nanoGPT do decay embeddings).
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
@@ -543,7 +543,7 @@ def evaluate(model, loader) -> dict:
     """Evaluate on held-out numbers. Returns loss (nats per target), exact_match and mistakes.
 
     exact_match: fraction of the numbers whose every answer token is correct. One wrong word makes the name of another
-    number, or no name at all, so nothing less counts. mistakes: the indices of the others, in the loader's order.
+    number, or no name at all, so there is no partial credit. mistakes: the indices of all others, in loader order.
 
     Each word is predicted given the true words before it. For greedy decoding that makes no difference: until its first
     mistake it sees the same prefix, and that mistake counts here too.
@@ -575,7 +575,7 @@ def scale_by_temperature(logits, temperature):
 
 
 def keep_top_k(logits, k):
-    """Keep the k most likely tokens (Fan et al. 2018): too many when the model is confident, too few when it is not.
+    """Keep the k most likely tokens (Fan et al. 2018). If the model is confident, k is often too many; if not, too few.
 
     >>> keep_top_k(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), k=2)
     tensor([[3., -inf, 2., -inf]])

@@ -1,12 +1,12 @@
 """encoder_only.py - a BERT-style transformer: bidirectional attention, for understanding tasks.
 
-What it is. One stack of layers in which every position attends to all others, left and right. The output is one
+What it is. One stack of layers in which every position attends to all positions, left and right. The output is one
 contextual vector per token. It is trained in two steps:
 
 1. Pretraining, without labels: predict tokens that are masked, 15% of them; the text supplies the targets. To see that
    `9 0 2 1 0 <SEP> ninety <MASK> two hundred ten` lacks `thousand`, a model must learn how digits and words correspond.
 2. Fine-tuning, with labels, for the task at hand: a short training run with a small new layer on top (a "head",
-   unrelated to attention heads) that turns vectors into logits, scores that softmax makes probabilities:
+   unrelated to attention heads) that maps vectors to logits, the scores that softmax turns into probabilities:
    tagging    every token gets a label         3 4 2 -> hundreds, tens, ones    (as in named-entity recognition)
    counting   the sequence gets one label      3 4 2 -> its name has 4 words    (as in sentiment classification)
    matching   a pair of texts gets one label   3 4 2 <SEP> three ... -> same number (as in paraphrase detection)
@@ -46,7 +46,7 @@ Papers: Devlin et al. 2019 (BERT); Vaswani et al. 2017, "Attention Is All You Ne
 Simplified here: positions are sinusoidal, where BERT learns a vector per position; embeddings are multiplied by
 sqrt(C), as in the 2017 paper, where BERT adds segment embeddings and a LayerNorm; layers are pre-norm, BERT's are
 post-norm; BERT computes masked-LM logits with one more dense layer, GELU, LayerNorm and a bias; its initial weights
-have standard deviation 0.02; its pretraining includes next-sentence prediction (unnecessary: Liu et al. 2019, RoBERTa),
+have standard deviation 0.02; its pretraining includes next-sentence prediction (no help in RoBERTa, Liu et al. 2019),
 without which the pooler is untrained before fine-tuning; its tokens are subwords, where these are words and digits.
 
 Letters used for shapes, here and in the other two files:
@@ -90,21 +90,21 @@ MAX_LENGTH = 64       # longest sequence, digits and words together. Try 16 (too
 BATCH_SIZE = 64       # sequences per step. Try 32 (more, noisier steps), 256 (fewer, smoother)
 NUM_EPOCHS = 10       # pretraining: passes over the training numbers. Try 1, 3, 20
 LEARNING_RATE = 2e-3  # the peak. Try 2e-4 (slow), 2e-2 (unstable), 10 (diverges: see the error)
-FINAL_LEARNING_RATE_RATIO = 0.01  # last learning rate / peak. Try 1.0: no decay
+FINAL_LEARNING_RATE_RATIO = 0.01  # final learning rate / peak. Try 1.0: no decay
 WARMUP_STEPS = 200    # steps from near zero to the peak, at most a fifth of the run. Try 0 (a rough start), 20
-WEIGHT_DECAY = 0.1    # pull of the weight matrices toward zero. Try 0, 1.0
+WEIGHT_DECAY = 0.1    # shrinks the weight matrices toward zero. Try 0, 1.0
 GRAD_CLIP = 1.0       # maximum gradient norm; larger gradients are scaled down to it. Try 0.1, 100
 MASK_PROBABILITY = 0.15  # fraction of tokens to predict. Try 0.05 (little to learn from), 0.5 (better mask-predict?)
 FINE_TUNING_STEPS = 400  # steps per fine-tuning run, however many labels there are. Try 100, 1000
-FINE_TUNING_LEARNING_RATE = 1e-3  # its peak; a smaller one forgets less of the pretraining. Try 1e-4, 3e-3
-NUM_LABELS = [100, 300, 1000, 3000]  # labeled examples, in the table of what pretraining gains. Try adding 30
+FINE_TUNING_LEARNING_RATE = 1e-3  # the peak; a smaller one preserves more of the pretraining. Try 1e-4, 3e-3
+NUM_LABELS = [100, 300, 1000, 3000]  # labeled examples, for the table on the effect of pretraining. Try adding 30
 SEED = 0              # initial weights, order of batches, sampling. Try 1: how much is seed noise?
 
 # --- generation ---
 ITERATIONS = 4        # rounds of mask-predict; 1 fills in all masks at once. Try 1, 10
 EXAMPLES = [0, 7, 42, 100, 342, 1010, 12345, 90210, 600006, 999999]  # numbers to show. Try your own
 PROGRESS_EXAMPLE = 600006  # the number answered at each evaluation during training
-MASKED_EXAMPLES = [  # texts to complete. Try masking a digit and its word: what does it predict when it cannot know?
+MASKED_EXAMPLES = [  # texts to complete. Try masking a digit and its word, which nothing else determines
     "90210 <SEP> ninety <MASK> two hundred ten", "3 <MASK> 2 <SEP> three hundred forty two",
     "1010 <SEP> <MASK> <MASK> <MASK>", "<MASK> <MASK> <MASK> <SEP> seven hundred seventeen"]
 
@@ -126,8 +126,8 @@ class PositionalEncoding(nn.Module):
         PE(pos, 2i)   = sin(pos / 10000^(2i / C))
         PE(pos, 2i+1) = cos(pos / 10000^(2i / C))
 
-    Without a mask attention is blind to order: permuting the input permutes the output, so 12 and 21 look the same.
-    (A causal mask reveals some of the order, but not enough to name numbers well.) Each pair (2i, 2i+1) is a hand of
+    Without it, attention ignores order: permuting the input permutes the output, so 12 and 21 look the same.
+    (A causal mask gives away some of the order, but too little to name numbers well.) Each pair (2i, 2i+1) is a hand of
     a clock; the first turns once in 6 positions, the last once in tens of thousands. A step of k positions turns each
     hand by an angle that depends only on k, so attention can learn "k to the left" once for all positions.
     """
@@ -155,8 +155,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
 
     Shapes: query (..., T, d_k), key and value (..., S, d_k), mask boolean, broadcastable to (..., T, S),
     True = may attend. Returns (output (..., T, d_k), weights (..., T, S)). Time is T * S * d_k and memory T * S per
-    head: twice the text costs four times as much. F.scaled_dot_product_attention computes the same output in one fused
-    kernel, which is faster on a GPU but hides the weights; a test compares the two.
+    head: doubling the length quadruples both. F.scaled_dot_product_attention computes the same output in one fused
+    kernel, which is faster on a GPU but does not return the weights; a test compares the two.
 
     Three tokens, two dimensions, to work through by hand. The factor sqrt(2) cancels the scaling, and ln 2 turns the
     exponentials of softmax into powers of two: the first query's scores are ln 2 * (1, 0, 1), their exponentials
@@ -183,8 +183,8 @@ def scaled_dot_product_attention(query, key, value, mask=None, dropout=None):
             [0.3333, 0.6667, 0.0000],
             [0.2500, 0.2500, 0.5000]])
     """
-    # scores = Q K^T / sqrt(d_k). The sum of d_k random products of variance 1 has standard deviation sqrt(d_k):
-    # without the division softmax would saturate, with nearly all weight on one position and almost no gradient.
+    # scores = Q K^T / sqrt(d_k). The sum of d_k independent products of variance 1 has standard deviation
+    # sqrt(d_k): without the division, softmax would put nearly all weight on one position, and gradients would vanish.
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))                  # (..., T, S)
     if mask is not None:
         # The dtype's most negative number: its exponential is exactly 0. Not -1e9, which overflows float16; not -inf,
@@ -254,7 +254,7 @@ class EncoderLayer(nn.Module):
 
     The sums form the residual stream: an identity path from the embedding to the output, along which gradients flow
     back undiminished. Normalizing inside the branch ("pre-norm", GPT-2) leaves that path free; the 2017 paper
-    normalized after the sum ("post-norm"), which needs careful warmup, the more so in deep stacks (Xiong et al. 2020).
+    normalized after the sum ("post-norm"), which needs careful warmup, especially in deep stacks (Xiong et al. 2020).
 
     The norm is LayerNorm (Ba et al. 2016): it shifts and scales each position's vector to mean 0 and variance 1, then
     applies a learned scale and shift. (1, 2, 6) has mean 3 and variance 14/3, so it becomes (-2, -1, 3) / sqrt(14/3):
@@ -286,7 +286,7 @@ class EncoderOnlyTransformer(nn.Module):
         super().__init__()
         check_sizes(d_model, num_layers, num_heads, d_ff, dropout, max_length)
         if task not in TASKS:
-            raise InputError(f"{task!r} is not a task of encoder_only.py; these are: {', '.join(TASKS)}.")
+            raise InputError(f"{task!r} is not a task of encoder_only.py; the tasks are: {', '.join(TASKS)}.")
         # What a checkpoint must match, under the names at the top of this file.
         self.constants = {"D_MODEL": d_model, "NUM_LAYERS": num_layers, "NUM_HEADS": num_heads, "D_FF": d_ff,
                           "MAX_LENGTH": max_length, "task": task}
@@ -297,7 +297,7 @@ class EncoderOnlyTransformer(nn.Module):
         self.layers = nn.ModuleList(EncoderLayer(d_model, num_heads, d_ff, dropout) for _ in range(num_layers))
         # Pre-norm layers never normalize the residual stream itself, hence the final norm.
         self.final_norm = nn.LayerNorm(d_model)
-        # The head is all that is new in fine-tuning; masked_lm has none of its own (see forward).
+        # Fine-tuning adds only the head and its pooler; masked_lm has no head of its own (see forward).
         if task in ("counting", "matching"):
             self.pooler = nn.Linear(d_model, d_model)
         if task != "masked_lm":
@@ -325,8 +325,8 @@ class EncoderOnlyTransformer(nn.Module):
         if self.task == "tagging":
             return self.head(x)                                                         # (B, T, MAX_DIGITS)
         if self.task in ("counting", "matching"):
-            # <CLS> is no word, so its vector is free to represent the whole sequence. BERT's pooler, a layer with a
-            # tanh, lets the head separate classes that no linear function of that vector does, and bounds its input.
+            # <CLS> is not a word, so its vector is free to represent the whole sequence. BERT's pooler, a layer with a
+            # tanh, bounds the head's input and lets it separate classes that are not linearly separable in that vector.
             return self.head(torch.tanh(self.pooler(x[:, :1])))                         # (B, 1, classes)
         # logits = x E^T: a token's logit is the output's dot product with its embedding. Input and output share one
         # table E ("weight tying", Press & Wolf 2017): fewer parameters, and both uses train it.
@@ -355,11 +355,11 @@ def init_weights(module: nn.Module) -> None:
 def mask_tokens(ids, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Corrupt some tokens as BERT does (Devlin et al. 2019, section 3.1, A.1). ids (B, T) -> (corrupted, targets).
 
-    Each digit and word is chosen with MASK_PROBABILITY; special tokens never are. Of the chosen tokens,
+    Each digit and word is chosen with probability MASK_PROBABILITY; special tokens never are. Of the chosen tokens,
         80% become <MASK>,
-        10% become a random digit or word, so that visible tokens are not always correct,
-        10% stay unchanged, so that they usually are. With <MASK> alone, unmasked positions would never carry a loss,
-            and fine-tuning has no masks.
+        10% become a random digit or word, so that the model cannot simply copy visible tokens,
+        10% stay unchanged, to bias predictions toward the visible token. With <MASK> alone, visible tokens would never
+            carry a loss, and fine-tuning has no masks.
     targets holds the original token where one was chosen and IGNORE elsewhere: the loss covers only the chosen tokens.
 
     Drawn anew for each batch (dynamic masking), so a text is rarely masked the same way twice. generator: to draw from,
@@ -398,7 +398,7 @@ def compute_loss(model, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
         loss = -1/N  sum over the N targets of  log p(target)            (nats);    perplexity = exp(loss)
 
-    A perplexity of 10 means: as uncertain as a choice among 10 equally likely tokens. Sum and number are returned
+    A perplexity of 10 is the uncertainty of a choice among 10 equally likely tokens. Sum and number are returned
     separately, so that callers that combine batches (gradient accumulation, several GPUs, a test set) can weight all
     targets equally. The mean of batch means would overweight the targets of small batches.
     """
@@ -430,7 +430,7 @@ def create_optimizer(model, learning_rate=LEARNING_RATE) -> torch.optim.AdamW:
     Adam follows a running mean of the gradient, divided for each weight by the root of a running mean of its square, so
     a weight moves by at most about the learning rate per step, whether its gradients are large or tiny. (Both means are
     also corrected for starting at 0.) Weight decay keeps weights small unless the loss needs them large. Norm scales,
-    which belong near 1, biases and, by convention, embeddings are not decayed.
+    which belong near 1, biases and embeddings are not decayed (BERT and nanoGPT do decay embeddings).
     """
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     in_matrices = {id(parameter) for parameter in matrices}
@@ -506,12 +506,12 @@ def train(model, loaders, num_epochs=NUM_EPOCHS, learning_rate=LEARNING_RATE, nu
 def evaluate(model, loader) -> dict:
     """Evaluate on held-out numbers. Returns loss (nats per target), exact_match, accuracy and mistakes.
 
-    exact_match: of the sequences with a target (by chance none may be masked), the fraction with every target correct.
-    accuracy: fraction of the targets. mistakes: the indices of the other sequences, in the loader's order.
+    exact_match: fraction of the sequences with every target correct (those in which no token was masked do not count).
+    accuracy: fraction of the targets that are correct. mistakes: the indices of sequences with errors, in loader order.
     """
     was_training = model.training
     model.eval()
-    # The same tokens are masked in each evaluation, so that two evaluations differ by the model and by nothing else.
+    # The same tokens are masked in each evaluation, so that two evaluations differ only in the model.
     generator = torch.Generator().manual_seed(SEED)
     loss_sum, num_targets, num_hits, asked, right = 0.0, 0, 0, [], []
     for batch in loader:
@@ -614,7 +614,7 @@ def answer(model, numbers: list[int]) -> list[str]:
 
 
 def answer_masked_lm(model, number: int) -> tuple[str, str]:
-    """A number's text with the middle word of its name masked and filled in: by the model, and correctly."""
+    """A number's text with the middle word of its name masked and filled in: the model's answer and the correct one."""
     words = number_to_words(number)
     middle = len(words) // 2
     before, after = [*str(number), "<SEP>", *words[:middle]], words[middle + 1:]
@@ -622,7 +622,7 @@ def answer_masked_lm(model, number: int) -> tuple[str, str]:
 
 
 def answer_fine_tuned(model, number: int) -> tuple[str, str]:
-    """A number's label, or the labels of its digits: by the model, and correctly."""
+    """A number's label, or the labels of its digits: the model's and the correct ones."""
     batch = toy_dataset.pad_batch([TASKS[model.task](number)])
     logits, targets = predict(model, batch)                                             # (1, T, classes), (1, T)
     said, truth = (describe_labels(model.task, labels[targets != IGNORE].tolist())
@@ -662,7 +662,7 @@ def build_fine_tuned(pretrained, task):
     """A new model for the task, made from a pretrained one: a copy of its encoder, and a head with random weights."""
     sizes = [pretrained.constants[name] for name in ("D_MODEL", "NUM_LAYERS", "NUM_HEADS", "D_FF")]
     model = build_model(*sizes, DROPOUT, pretrained.constants["MAX_LENGTH"], task)
-    # strict=False: the head has no counterpart in the pretrained model. It is the only thing that may be missing.
+    # strict=False: the head has no counterpart in the pretrained model. Nothing else may be missing.
     missing, unexpected = model.load_state_dict(pretrained.state_dict(), strict=False)
     assert not unexpected and all(name.startswith(("head.", "pooler.")) for name in missing)
     return model
@@ -723,7 +723,7 @@ def check_constants() -> None:
     check_constant("NUM_LABELS", NUM_LABELS, list, lambda counts: all(isinstance(n, int) and n >= 1 for n in counts),
                    "a list of whole numbers, at least 1 each")
     for name, value in [("EXAMPLES", EXAMPLES), ("MASKED_EXAMPLES", MASKED_EXAMPLES)]:
-        check_constant(name, value, list, len, "a list that is not empty")
+        check_constant(name, value, list, len, "a non-empty list")
     for number in [*EXAMPLES, PROGRESS_EXAMPLE]:
         parse_number(str(number))
     for text in MASKED_EXAMPLES:
@@ -797,9 +797,9 @@ def load(path=CHECKPOINT, model=None):
 class BayesOptimalPredictor(nn.Module):
     """ids (B, T) -> logits (B, T, V), as a masked LM's, but computed: in expectation no model can do better.
 
-    Some masked tokens cannot be known, such as a digit whose word is masked too. As all texts are known, Bayes' rule
-    gives their probabilities: for a corrupted text c, and the text x of each number with as many digits and words
-    (masking hides neither count; all are equally likely, as a model cannot learn which of them are held out),
+    The visible tokens do not determine some masked ones, such as a digit whose word is masked too. Since all texts are
+    known, Bayes' rule gives the probabilities: for a corrupted text c, and the text x of each number with equally many
+    digits and words (masking changes neither; all x are equally likely, as no model can learn which are held out),
 
         P(x | c)  is proportional to  P(c | x)  =  product over positions j of P(c_j | x_j)
 
@@ -820,7 +820,7 @@ class BayesOptimalPredictor(nn.Module):
     def forward(self, ids):
         logits = torch.zeros(*ids.shape, len(VOCABULARY))
         shapes = torch.stack([(ids == SEP_ID).int().argmax(dim=1) - 1, (ids != PAD_ID).sum(dim=1)], dim=1)
-        for shape in shapes.unique(dim=0):  # texts with as many digits and as many tokens go together
+        for shape in shapes.unique(dim=0):  # texts with equally many digits and tokens form a batch
             rows, (num_digits, length) = (shapes == shape).all(dim=1), shape.tolist()
             c = ids[rows, :length]
             with torch.inference_mode(False):

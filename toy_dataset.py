@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 # CONSTANTS
 # ======================================================================================================
 
-MAX_DIGITS = 6           # longest number, in digits: 6 is "below a million". Try 9 (a billion), 12 (a trillion).
+MAX_DIGITS = 6           # longest number, in digits: 6 is below a million. Try 9 (below a billion), 12 (a trillion).
 NUM_TRAIN = 10_000       # training numbers: 1% of the language, if MAX_DIGITS is 6. Try 1_000: what breaks first?
 NUM_VALIDATION = 2_000   # held out; evaluated during training to monitor progress
 NUM_TEST = 20_000        # held out; used only after training: the accuracies that count
@@ -50,7 +50,7 @@ SEED = 1234              # decides which numbers fall into which split. Try 1235
 class InputError(ValueError):
     """A user error: the shell shows one line, no traceback.
 
-    A class of its own, so that bugs in the code (yours, while you experiment) keep their full traceback.
+    It has its own class so that bugs in the code (yours, while you experiment) keep their full traceback.
     """
 
 
@@ -123,9 +123,9 @@ def parse_number(text: str) -> int:
     342
     """
     if not (text.isascii() and text.isdigit()) or (text != "0" and text.startswith("0")):
-        raise InputError(f"{text!r} is not a number of this language: digits only, no sign, comma or leading zero.")
+        raise InputError(f"{text!r} is not a number in this language: digits only, no sign, comma or leading zero.")
     if len(text) > MAX_DIGITS:
-        raise InputError(f"{text} is too long: numbers of this language have 1 to {MAX_DIGITS} digits.")
+        raise InputError(f"{text} is too long: numbers in this language have 1 to {MAX_DIGITS} digits.")
     return int(text)
 
 
@@ -203,11 +203,11 @@ def make_splits() -> Splits:
 
     Numbers are drawn by length. Sampled uniformly, nine in ten would have six digits and short ones would be rare.
     - Everything below 100 is for training: a word that never occurs in training cannot be predicted.
-    - Of each longer length at most half is for training, and of the rest at most half for validation, so that some
-      numbers of every length remain for the test.
+    - At most half of the numbers of each longer length are for training, and at most half of the rest for validation,
+      so that some of every length remain for the test.
     """
     if NUM_TRAIN <= 100 or NUM_VALIDATION < 1 or NUM_TEST < 1:
-        raise InputError(f"NUM_TRAIN = {NUM_TRAIN} must be above 100, as all numbers below 100 are in it; "
+        raise InputError(f"NUM_TRAIN = {NUM_TRAIN} must be above 100, since it includes all numbers below 100; "
                          f"NUM_VALIDATION = {NUM_VALIDATION} and NUM_TEST = {NUM_TEST} must be at least 1.")
     lengths = range(3, MAX_DIGITS + 1)
     sizes = [9 * 10 ** (length - 1) for length in lengths]  # how many numbers of this length there are
@@ -268,9 +268,9 @@ def matching_example(number: int) -> dict:
     ids      <CLS> 2 4 3 <SEP> three hundred forty two <SEP>
     match    0                                    (class 0: no, class 1: yes)
 
-    Half of the pairs match, on average. In the others one digit is replaced, or two digits are swapped, which leaves
-    the bag of tokens unchanged, so only the order reveals it (as in PAWS, Zhang et al. 2019). The name is always that
-    of `number`, so no pair is in two splits.
+    Half of the pairs match, on average. In the others, one digit is replaced or two are swapped. A swap leaves the bag
+    of tokens unchanged, so only their order reveals the mismatch (as in PAWS, Zhang et al. 2019). The name is always
+    that of `number`, so no pair is in two splits.
     """
     rng = random.Random(number)  # the same pair for the same number, every time
     match, other = rng.randrange(2), number
@@ -380,12 +380,12 @@ def make_dataloaders(make_example, batch_size: int, seed: int, num_train: int | 
 
 
 def log_sum_over_numbers(scores: torch.Tensor, num_digits: int) -> torch.Tensor:
-    """log of the sum, over the texts x of numbers of num_digits digits, of exp(sum over positions j of scores[j, x_j]).
+    """log of the sum, over the texts x of all numbers with num_digits digits, of exp(sum over j of scores[j, x_j]).
 
-    scores (B, T, V) -> (B). A text is `<CLS> digits <SEP> words <SEP>` (masked_lm_example), with T tokens in all.
+    scores (B, T, V) -> (B). A text is `<CLS> digits <SEP> words <SEP>` (masked_lm_example): T tokens, at positions j.
 
-    This does not take a million terms. A name consists of groups (ninety thousand | two hundred ten) that depend on
-    each other only through their positions, that is, the number of words before them. So the sum is over each group's
+    No need to visit a million texts: a name consists of groups (ninety thousand | two hundred ten) that depend on each
+    other only through their positions, that is, the number of words before them. It is enough to sum over each group's
     1,000 values, for each number of words before it: dynamic programming, like the forward algorithm of HMMs.
     """
     num_words = scores.size(1) - num_digits - 3  # <CLS> and two <SEP>
@@ -407,7 +407,7 @@ def log_sum_over_numbers(scores: torch.Tensor, num_digits: int) -> torch.Tensor:
 def digit_groups(num_digits: int) -> list[tuple[int, int, dict[int, torch.Tensor]]]:
     """The groups of up to three digits that are named together: where each starts and ends, and its possible values.
 
-    The values are listed by number of words, as ids (N, digits + words): `2 0 0 two hundred`, for one, under two words.
+    The values are grouped by number of words, as ids (N, digits + words): `2 0 0 two hundred` is in the group for 2.
     """
     groups, start = [], 0
     while start < num_digits:
