@@ -9,7 +9,7 @@ stack, training numbers and steps; the learning rate is the best of three for ea
 You will see, in under five minutes on two idle CPU cores:
 
     the table         exact match (mean and range over the seeds), parameters, training time, latency, forward passes
-    the wall          the best expected accuracy of ANY causal tagger on place values, computed, and who passes it
+    the wall          the best expected accuracy of ANY causal tagger on place values, computed; who exceeds it
     strategies        greedy, temperature, top-k, top-p and repetition penalty on the same prompts
     beam search       against greedy decoding, with a trained and with an undertrained model
     KV cache          against recomputing everything, by length
@@ -46,7 +46,7 @@ from toy_dataset import SOS_ID, SPECIAL_TOKENS, VOCABULARY, InputError, number_t
 # CONSTANTS: change one, run again
 # ======================================================================================================
 
-# --- shared by all cells; half the width of the architecture files, so that 30 trainings fit into five minutes ---
+# --- shared by all cells; half the width of the architecture files, so that 30 training runs fit into five minutes ---
 D_MODEL = 64           # width of the residual stream. Try 32: which cells suffer first?
 NUM_LAYERS = 2         # per stack; an encoder-decoder has two stacks. Try 1
 NUM_HEADS = 4          # attention heads per layer. Try 1
@@ -79,9 +79,9 @@ COMPARISON = Path(__file__).parent / "figures" / "comparison.json"
 
 SIZES = {"d_model": D_MODEL, "num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "d_ff": D_FF}
 SEEDS = [NUM_SEEDS * SEED + i for i in range(NUM_SEEDS)]
-LONGEST = MAX_DIGITS + 1 + MAX_WORDS + 1  # digits, <SEP>, words, <EOS>: the longest text of the language
+LONGEST = MAX_DIGITS + 1 + MAX_WORDS + 1  # digits, <SEP>, words, <EOS>: the longest text in the language
 DIGIT_IDS = torch.tensor(to_ids(DIGITS))
-# Decoding settings are given in full, so that those at the top of the architecture files do not matter here.
+# Decoding settings are given in full, so that those at the top of the architecture files have no effect here.
 GREEDY = {"temperature": 0.0, "top_k": None, "top_p": None}
 SAMPLING = {"temperature": 1.0, "top_k": None, "top_p": TOP_P}
 COUNTS = ["BATCH_SIZE", "NUM_EPOCHS", "NUM_SEEDS", "NUM_TESTED", "NUM_SAMPLES", "NUM_TIMED", "NUM_ROUNDS", "BEAM_WIDTH",
@@ -95,8 +95,8 @@ STRATEGIES = {
     "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
     "repetition penalty 2": {"repetition_penalty": 2.0},
 }
-# The guide compares one setting of each kind. Of the other temperatures, 0.7 and 1.0, it would have no stable verdict:
-# with SEED = 1 they gave 78% and 81% new samples, top-p 0.9 gave 84%, and the seeds of each were 4 to 5 points apart.
+# The guide compares one setting of each kind. The other temperatures, 0.7 and 1.0, would get no stable verdict: with
+# SEED = 1 they gave 78% and 81% new samples, top-p 0.9 gave 84%, and the seeds of each were 4 to 5 points apart.
 GUIDED = ["greedy", "temperature 1.5", "top-k 5", "top-p 0.9", "repetition penalty 2"]
 # Constants of the architecture files that the numbers also depend on: a comparison needs them equal in all three.
 SHARED = ["DROPOUT", "MAX_LENGTH", "WARMUP_STEPS", "FINAL_LEARNING_RATE_RATIO", "WEIGHT_DECAY", "GRAD_CLIP"]
@@ -201,7 +201,7 @@ def fill_all(model, numbers) -> list[str]:
 
     A masked LM does not model length, so lengths are sampled from the training numbers. The masks are then filled one
     at a time from right to left, each token sampled given those already filled (simplified from Wang & Cho 2019, who
-    resample positions many times). Mask-predict takes the argmax: it would write the same text for equal lengths.
+    resample positions many times). Mask-predict takes the argmax, so equal lengths would give equal texts.
     """
     train = toy_dataset.make_splits().train
     drawn = [train[i] for i in torch.randint(len(train), (len(numbers),)).tolist()]
@@ -370,7 +370,7 @@ def measure_cell(cell: Cell, model, seed: int, split="test") -> dict:
 
 
 def summarize(runs: list[dict]) -> dict:
-    """The mean over the seeds of each measurement; by_seed has the single values."""
+    """The mean over the seeds of each measurement; by_seed has the individual values."""
     by_seed = {key: [run[key] for run in runs] for key in runs[0]}
     means = {key: [*map(statistics.fmean, zip(*values))] if isinstance(values[0], list) else statistics.fmean(values)
              for key, values in by_seed.items()}
@@ -406,7 +406,7 @@ def search_learning_rates(rates=(2e-3, 4e-3, 8e-3), seed=100) -> None:
 def time_interleaved(calls: dict) -> dict:
     """Milliseconds per call: name -> function becomes name -> median.
 
-    Timer warms up before each timing and waits for a GPU. The rows take turns, so that whatever else the computer does
+    Timer warms up before each timing and waits for a GPU. The rows take turns, so that other load on the computer
     slows all of them alike, and the median ignores the rounds in which it was busy.
     """
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # its import warns if there is no GPU
@@ -589,7 +589,7 @@ def differ(values: list[float], others: list[float]) -> bool:
 def give_verdicts(choices: list[tuple]) -> list[str]:
     """A verdict on each choice (name, accuracies by seed, milliseconds), against the one with the highest mean. The
     best choice is the fastest of those equal to it; if several are about as fast (within a fifth), the first. Without
-    milliseconds (None) all are as fast."""
+    milliseconds (None) all count as equally fast."""
     top = max((accuracies for _, accuracies, _ in choices), key=statistics.fmean)
     equal = [not differ(accuracies, top) for _, accuracies, _ in choices]
     times = [ms or 1.0 for _, _, ms in choices]
@@ -607,7 +607,7 @@ def decision_table(found: dict) -> list[tuple]:
         (entry["name"].replace(f", {task}", ""), entry["by_seed"]["sequence_accuracy"], entry["ms_per_answer"])
         for entry in entries if entry["task"].startswith(task)]
         for task, measure in [("understand", "exact"), ("transform", "exact"), ("generate", "valid")]}
-    # A strategy's own cost is small beside the model's, and lost in the noise of the timings: accuracy decides alone.
+    # A strategy's own cost is small beside the model's, and lost in timing noise, so accuracy alone decides.
     questions |= {question: [(row["strategy"], row["by_seed"][key], None)
                              for row in found["strategies"] if row["strategy"] in GUIDED]
                   for question, key in [("one correct answer", "named"), ("many new answers", "new")]}
@@ -647,7 +647,7 @@ def percent(shares: list[float]) -> tuple[float, str]:
 
 
 def show(heading: str, columns: str, rows: list[tuple]) -> None:
-    """Print a table under its heading, in lines of at most 100 columns: words to the left, numbers to the right."""
+    """Print a table under its heading, in lines of at most 100 columns: text left-aligned, numbers right-aligned."""
     print("\n" + textwrap.fill(heading, 98, break_on_hyphens=False) + "\n")
     columns = ["", *columns.split()]
     rows = [columns] + [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
@@ -710,12 +710,12 @@ def show_guide(found: dict) -> None:
 # RUNNING THIS FILE
 # ======================================================================================================
 # figures/comparison.json: constants, cells (the nine), after_reading, wall, strategies, beam, kv_cache, as returned
-# by compare(). Shares are from 0 to 1, means over the seeds; by_seed has the single values.
+# by compare(). Shares are from 0 to 1, means over the seeds; by_seed has the individual values.
 
 
 def all_constants() -> dict:
-    """All that the numbers depend on: constants of this file, of the architecture files and of the data; and, as they
-    decide rounding and time, PyTorch's version, the device and the number of threads."""
+    """All that the numbers depend on: constants of this file, of the architecture files and of the data; and, since
+    they affect rounding and timing, PyTorch's version, the device and the number of threads."""
     names = [*COUNTS, "D_MODEL", "NUM_LAYERS", "NUM_HEADS", "D_FF", "LEARNING_RATES", "SEED", "TOP_P", "CACHE_LENGTHS",
              "STRATEGIES"]
     of_data = ["MAX_DIGITS", "NUM_TRAIN", "NUM_VALIDATION", "NUM_TEST", "SEED"]
@@ -728,7 +728,7 @@ def all_constants() -> dict:
 
 
 def save(found: dict) -> None:
-    """Write all numbers, five digits of each. Atomic: COMPARISON is always a complete file, the old one or the new."""
+    """Write all numbers, to five significant digits. Atomic: COMPARISON is always a complete file, old or new."""
     found = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.5g}"))
     temporary = COMPARISON.with_name(COMPARISON.name + ".tmp")
     temporary.write_text(json.dumps(found, indent=1) + "\n")

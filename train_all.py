@@ -80,7 +80,7 @@ COMPILE = False            # torch.compile: a minute or so at the start, then fa
 
 # --- what is saved and tested ---
 CHECKPOINT_EVERY = 100     # steps between checkpoints: the most that a crash can cost. Try 1 (slower), 1000
-TEST_EVERYTHING = False    # test on all remaining numbers, not 20,000? Try True: a million answers, minutes
+TEST_EVERYTHING = False    # test on all remaining numbers, not 20,000? Try True: a million answers, in minutes
 FOLDER = Path(__file__).parent / "checkpoints" / "train_all"  # checkpoints, best weights and training histories
 
 # What torchrun, or any launcher that follows torch.distributed's env:// convention, tells each process it starts.
@@ -158,7 +158,7 @@ def check_constants(jobs) -> None:
 #     one process that takes the micro-batches one after the other        (gradient accumulation)
 #     several processes that take them side by side                       (data parallelism)
 #     a run that was killed after step 1000 and resumes at step 1001      (exact resume)
-# are the same training run: the third bit for bit, the second up to rounding, as it adds gradients in another order.
+# are the same training run: the third bit for bit, the second up to rounding, since gradients sum in another order.
 # With the usual running generator per process, resuming must restore all of them, and two GPUs differ from four.
 
 
@@ -248,7 +248,7 @@ def accumulate_gradients(job, model, batches, num_micro_batches: int, step: int)
 def update(job, model, optimizer, sums: torch.Tensor, step: int) -> tuple[float, ...]:
     """One optimizer step: normalize the summed gradient, clip, check, step. Returns the loss and the gradient norm.
 
-    The order matters: clipping before dividing would cut the sum over a thousand targets to the norm that is meant for
+    The order matters: clipping before dividing would scale the sum over a thousand targets to the norm meant for
     their mean. sums: loss sum and targets of all processes, and other values, which are returned as well.
     """
     num_targets = sums[1].clamp(min=1)  # no targets: avoid 0 / 0
@@ -353,7 +353,7 @@ def fail_together(error: BaseException) -> None:
     try:
         first = store.add("failures", 1) == 1
     except RuntimeError:
-        first = True  # the store has gone, together with the process that held it
+        first = True  # the store is gone, together with the process that held it
     if not first:
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
     if not isinstance(error, KeyboardInterrupt):
@@ -624,7 +624,7 @@ def time_a_step(job) -> float:
 
 
 def show_plan(jobs) -> None:
-    """What will be trained, how, for how long, and where it goes. Checkpoints of other constants are refused here."""
+    """What will be trained, how, for how long, and where it goes. Refuses checkpoints made with other constants."""
     num_train, rows, total = len(toy_dataset.make_splits().train), [], 0.0
     for job in jobs:
         model = job.module.build_model(**job.options)

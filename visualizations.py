@@ -130,7 +130,7 @@ def largest_weights(sizes: list[int], num_queries=256) -> tuple[list[float], lis
 
 
 class PostNormLayer(encoder_only.EncoderLayer):
-    """The same two sublayers as in Vaswani et al. 2017: the norm follows the sum, on the residual stream itself."""
+    """The two sublayers arranged as in Vaswani et al. 2017: the norm follows the sum, on the residual stream itself."""
 
     def forward(self, x, mask, attention_maps=None):
         x = self.attention_norm(x + self.attention(x, mask, attention_maps))
@@ -249,7 +249,7 @@ def influence(model, number: int) -> tuple[list[str], list[str], torch.Tensor]:
     """
     inputs = []
 
-    def watch(module, arguments, output):  # makes the embedding's output a variable to differentiate by
+    def watch(module, arguments, output):  # makes the embedding's output a leaf to differentiate with respect to
         inputs.append(output.detach().requires_grad_())
         return inputs[-1]
 
@@ -922,7 +922,7 @@ def draw_causal_wall(comparison: dict) -> Figure:
 def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
     """Write a picture as PNG, without date or version in it: the same picture is the same bytes."""
     path = folder / f"{name}.png"
-    # Adaptive filters, the usual choice, make flat pictures with text larger: compress_type 0 goes without.
+    # Adaptive filters, the usual choice, make flat pictures with text larger: compress_type 0 turns them off.
     figure.savefig(path, metadata={"Software": None}, pil_kwargs={"compress_level": 9, "compress_type": 0})
     return path
 
