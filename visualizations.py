@@ -922,7 +922,7 @@ def draw_causal_wall(comparison: dict) -> Figure:
 def save(figure: Figure, name: str, folder: Path = FIGURES) -> Path:
     """Write a picture as PNG, without date or version in it: the same picture is the same bytes."""
     path = folder / f"{name}.png"
-    # Adaptive filters, the usual choice, make flat pictures with text larger: compress_type 0 turns them off.
+    # Pillow's default, zlib's strategy for filtered data (1), makes flat pictures with text larger: 0 is zlib's own.
     figure.savefig(path, metadata={"Software": None}, pil_kwargs={"compress_level": 9, "compress_type": 0})
     return path
 

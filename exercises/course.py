@@ -55,11 +55,11 @@ EXERCISES = [
             "It is boolean, (B, 1, 1, S), True at real tokens and False at padding":
                 ["test_toy_dataset.py::test_padding_fills_ids_with_pad_and_labels_with_ignore"],
             "Padding changes no output of the encoder at a real token":
-                ["test_encoder_only.py::test_padding_changes_no_real_output_pooled_ones_included"],
+                ["test_encoder_only.py::test_padding_changes_no_real_output_and_no_pooled_output"],
             "Padding on the left or on the right changes no output of the decoder at a real token":
                 ["test_decoder_only.py::test_padding_on_either_side_changes_no_real_position"],
             "Padding of the source changes no output of the encoder-decoder":
-                ["test_encoder_decoder.py::test_what_stands_in_the_sources_padding_changes_nothing"],
+                ["test_encoder_decoder.py::test_the_content_of_source_padding_changes_nothing"],
         },
         mistakes={
             "the mask is inverted, so only padding is attended to": ("ids != PAD_ID", "ids == PAD_ID"),
@@ -85,9 +85,9 @@ EXERCISES = [
             "Changing a token leaves all earlier outputs of the model exactly as they were":
                 ["test_decoder_only.py::test_changing_a_token_leaves_all_earlier_outputs_exactly_as_they_were"],
             "The gradient of an output with respect to a later input is exactly 0":
-                ["test_decoder_only.py::test_the_gradient_of_an_output_by_a_later_input_is_exactly_zero"],
+                ["test_decoder_only.py::test_the_gradient_with_respect_to_a_later_input_is_exactly_zero"],
             "Computed with the cache, the logits are those computed without":
-                ["test_decoder_only.py::test_cached_logits_are_the_recomputed_ones_at_every_step"],
+                ["test_decoder_only.py::test_cached_logits_equal_recomputed_logits_at_every_step"],
         },
         mistakes={
             "the diagonal is off by one, so each position sees the next token, which is its target":
@@ -117,13 +117,13 @@ EXERCISES = [
             "The weights of each query sum to 1, and masked ones are exactly 0":
                 ["test_all_architectures.py::test_attention_weights_sum_to_one_and_masked_ones_are_exactly_zero"],
             "Output and gradients equal PyTorch's F.scaled_dot_product_attention, without and with a mask":
-                ["test_all_architectures.py::test_written_out_attention_is_pytorchs_forward_and_backward"],
+                ["test_all_architectures.py::test_attention_equals_pytorchs_forward_and_backward"],
             "A query with nothing to attend to stays finite in float32, float16 and bfloat16":
                 ["test_all_architectures.py::"
-                 "test_a_row_with_nothing_to_attend_to_stays_finite_in_every_precision"],
+                 "test_a_fully_masked_row_stays_finite_in_every_precision"],
             "Dropout acts on the weights that mix the values, not on the weights that are returned":
                 ["test_all_architectures.py::"
-                 "test_dropout_zeroes_attention_weights_after_softmax_and_leaves_those_handed_back_alone"],
+                 "test_dropout_zeroes_attention_weights_after_softmax_but_not_the_returned_ones"],
         },
         mistakes={
             "the scores are not divided by sqrt(d_k)": (" / math.sqrt(query.size(-1)) ", " "),
@@ -156,12 +156,12 @@ EXERCISES = [
                "positions."],
         properties={
             "Multi-head attention equals PyTorch's nn.MultiheadAttention on the same weights":
-                ["test_all_architectures.py::test_multi_head_attention_is_pytorchs_on_the_same_weights"],
+                ["test_all_architectures.py::test_multi_head_attention_equals_pytorchs_on_the_same_weights"],
             "There is one attention map (B, H, T, T) for each layer":
-                ["test_encoder_only.py::test_attention_maps_have_a_map_for_each_layer_and_head"],
+                ["test_encoder_only.py::test_there_is_an_attention_map_for_each_layer_and_head"],
             "A permuted input gives the permuted output once positions are taken away":
                 ["test_encoder_only.py::"
-                 "test_without_positions_a_permuted_input_gives_the_permuted_output_and_with_them_not"],
+                 "test_permuting_the_input_permutes_the_output_only_without_positions"],
         },
         mistakes={
             "a reshape takes the place of the transpose, so the heads mix positions":
@@ -194,11 +194,11 @@ EXERCISES = [
                 ["test_all_architectures.py::test_positions_are_the_sines_and_cosines_of_the_paper"],
             "The table is a buffer, not a parameter, and not part of a checkpoint":
                 ["test_all_architectures.py::"
-                 "test_what_was_saved_is_what_is_loaded_and_the_file_is_safe_to_read[decoder_only]",
-                 "test_all_architectures.py::test_the_parameters_are_as_many_as_arithmetic_says[decoder_only]"],
+                 "test_loading_restores_what_was_saved_and_the_file_is_safe_to_read[decoder_only]",
+                 "test_all_architectures.py::test_the_parameter_count_matches_the_formula[decoder_only]"],
             "With positions one layer tells the order of the tokens, without them it cannot":
                 ["test_decoder_only.py::"
-                 "test_without_positions_one_layer_cannot_tell_the_order_of_what_came_before_and_with_them_it_can"],
+                 "test_one_layer_depends_on_the_order_of_earlier_tokens_only_with_positions"],
         },
         mistakes={
             "all sines come first, then all cosines, instead of alternating":
@@ -224,9 +224,9 @@ EXERCISES = [
                "The first branch is self.attention, its norm self.attention_norm; the second self.feed_forward."],
         properties={
             "The layer equals PyTorch's pre-norm nn.TransformerEncoderLayer on the same weights":
-                ["test_all_architectures.py::test_a_layer_is_pytorchs_pre_norm_layer_on_the_same_weights[True]"],
+                ["test_all_architectures.py::test_a_layer_equals_pytorchs_pre_norm_layer_on_the_same_weights[True]"],
             "Computed with the cache, the logits are those computed without":
-                ["test_decoder_only.py::test_cached_logits_are_the_recomputed_ones_at_every_step"],
+                ["test_decoder_only.py::test_cached_logits_equal_recomputed_logits_at_every_step"],
             "Dropout acts on what each branch adds to the residual stream":
                 ["test_all_architectures.py::"
                  "test_dropout_is_applied_to_what_each_branch_adds_to_the_residual_stream[gpt.DecoderLayer]"],
@@ -265,9 +265,9 @@ EXERCISES = [
                 ["test_all_architectures.py::test_padding_and_ignored_targets_carry_no_loss[decoder_only]"],
             "Losses of unequal micro-batches add up to the loss of the whole batch":
                 ["test_all_architectures.py::"
-                 "test_losses_of_unequal_micro_batches_add_up_to_that_of_the_whole[decoder_only]"],
+                 "test_losses_of_unequal_micro_batches_add_up_to_the_batch_loss[decoder_only]"],
             "The loss of an untrained model is near ln V":
-                ["test_all_architectures.py::test_the_first_loss_is_near_that_of_blind_guessing[decoder_only]"],
+                ["test_all_architectures.py::test_the_first_loss_is_near_that_of_uniform_guessing[decoder_only]"],
         },
         mistakes={
             "the loss is a mean, not a sum": ('reduction="sum"', 'reduction="mean"'),
@@ -296,7 +296,7 @@ EXERCISES = [
                "0.5 * (1 + cos(pi * progress)) falls from 1 to 0; the rate falls from peak to the lowest."],
         properties={
             "The rate rises from above 0 to its peak and falls to its lowest at the last step, for long and short runs":
-                ["test_all_architectures.py::test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end"],
+                ["test_all_architectures.py::test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum"],
             "A short run is not all warmup, and the decay is half a cosine":
                 ["test_all_architectures.py::"
                  "test_a_short_run_is_not_all_warmup_and_the_decay_is_half_a_cosine[decoder_only]"],
@@ -328,12 +328,12 @@ EXERCISES = [
         properties={
             "Special tokens are never chosen, and targets are the originals where a token was chosen, else IGNORE":
                 ["test_encoder_only.py::"
-                 "test_special_tokens_are_never_hidden_and_only_what_was_hidden_is_asked_for"],
+                 "test_special_tokens_are_never_chosen_and_only_chosen_tokens_are_targets"],
             "15% are chosen; of these 80% are masked, 10% replaced, 10% left alone":
-                ["test_encoder_only.py::test_of_the_hidden_tokens_80_percent_are_masked_10_random_and_10_left"],
+                ["test_encoder_only.py::test_of_the_chosen_tokens_80_percent_are_masked_10_random_10_unchanged"],
             "A generator makes it repeatable and leaves the global random state alone":
                 ["test_encoder_only.py::"
-                 "test_a_text_is_hidden_in_another_way_each_time_unless_a_generator_says_otherwise"],
+                 "test_masking_differs_each_time_unless_a_generator_fixes_it"],
         },
         mistakes={
             "special tokens are chosen too": ("(ids >= len(SPECIAL_TOKENS)) & (chance", "(chance"),
@@ -419,7 +419,7 @@ EXERCISES = [
                "torch.cat along the positions, dimension 2 of (B, H, T, d_k); the old ones come first."],
         properties={
             "Computed with the cache, the logits are those computed without, at every step":
-                ["test_decoder_only.py::test_cached_logits_are_the_recomputed_ones_at_every_step"],
+                ["test_decoder_only.py::test_cached_logits_equal_recomputed_logits_at_every_step"],
             "After the first call it holds exactly these keys and values":
                 ["variations/test_positional_encodings.py::"
                  "test_rotary_attention_rotates_keys_before_caching_and_never_values"],
@@ -458,12 +458,12 @@ EXERCISES = [
                 ["test_train_all.py::"
                  "test_four_micro_batches_of_unequal_token_counts_give_the_gradient_of_one_large_batch"],
             "Each micro-batch has dropout and masks of its own":
-                ["test_train_all.py::test_each_micro_batch_has_masks_and_dropout_of_its_own"],
+                ["test_train_all.py::test_each_micro_batch_has_its_own_masks_and_dropout"],
             "The micro-batch size does not change what is learned":
                 ["test_train_all.py::test_the_micro_batch_size_does_not_change_what_is_learned"],
             "The steps of training are those of the architecture file's own train":
                 ["test_train_all.py::"
-                 "test_the_loss_and_the_step_are_those_of_the_architecture_files_own_training"],
+                 "test_loss_and_steps_equal_those_of_the_architecture_files_own_training"],
         },
         mistakes={
             "gradients are cleared before each micro-batch, only the last one counts":
@@ -499,14 +499,14 @@ EXERCISES = [
                "the best open one; and when beam_width finished ones all reach best / length**length_penalty."],
         properties={
             "The example in the docstring comes out as it says":
-                ["test_beam_search.py::test_the_example_in_the_docstring_comes_out_as_it_says"],
+                ["test_beam_search.py::test_the_example_in_the_docstring_is_true"],
             "Width 2 finds the most probable text where greedy decoding misses it":
                 ["test_beam_search.py::"
                  "test_greedy_decoding_misses_the_most_probable_text_and_a_beam_of_2_finds_it"],
             "A hypothesis that ends outside the best beam_width candidates is dropped":
-                ["test_beam_search.py::test_an_end_that_is_not_among_the_best_w_candidates_is_dropped"],
+                ["test_beam_search.py::test_a_finished_candidate_outside_the_best_w_is_dropped"],
             "On untrained models, where many texts compete, it agrees with the batched beam_search":
-                ["test_beam_search.py::test_on_untrained_models_where_many_texts_compete_both_agree"],
+                ["test_beam_search.py::test_both_agree_on_untrained_models_where_many_texts_compete"],
         },
         mistakes={
             "the score is not divided by the length": ("log_prob / length**length_penalty, ids[1:]",

@@ -74,7 +74,7 @@ BUGS = [
         for _ in range(2):
             print(f"loss {gpt.evaluate(model, [batch])['loss']:.4f}")
         """,
-        ["test_all_architectures.py::test_evaluation_is_without_dropout_and_puts_the_mode_back[decoder_only]"],
+        ["test_all_architectures.py::test_evaluation_disables_dropout_and_restores_the_mode[decoder_only]"],
     ),
     Bug(
         "top-p drops the crossing token",
@@ -104,7 +104,7 @@ BUGS = [
         """,
         ["test_toy_dataset.py::test_padding_fills_ids_with_pad_and_labels_with_ignore",
          "test_all_architectures.py::"
-         "test_losses_of_unequal_micro_batches_add_up_to_that_of_the_whole[decoder_only]"],
+         "test_losses_of_unequal_micro_batches_add_up_to_the_batch_loss[decoder_only]"],
     ),
     Bug(
         "positions forget the cache",
@@ -119,7 +119,7 @@ BUGS = [
                                use_cache=use_cache, generator=generator)
             print(f"use_cache={use_cache}: {gpt.to_words(ids[0])}")
         """,
-        ["test_decoder_only.py::test_cached_logits_are_the_recomputed_ones_at_every_step"],
+        ["test_decoder_only.py::test_cached_logits_equal_recomputed_logits_at_every_step"],
     ),
     Bug(
         "causal mask shifted by one",
@@ -137,7 +137,7 @@ BUGS = [
         """,
         ["test_decoder_only.py::test_the_rows_of_a_causal_mask_are_the_last_positions",
          "test_decoder_only.py::test_changing_a_token_leaves_all_earlier_outputs_exactly_as_they_were",
-         "test_decoder_only.py::test_the_gradient_of_an_output_by_a_later_input_is_exactly_zero"],
+         "test_decoder_only.py::test_the_gradient_with_respect_to_a_later_input_is_exactly_zero"],
     ),
     Bug(
         "targets not shifted",
@@ -201,8 +201,8 @@ BUGS = [
         loss_sum, num_targets = bert.compute_loss(model, batch)
         print(f"{num_targets.item():,} targets in {(batch['ids'] != PAD_ID).sum().item():,} tokens")
         """,
-        ["test_encoder_only.py::test_special_tokens_are_never_hidden_and_only_what_was_hidden_is_asked_for",
-         "test_encoder_only.py::test_of_the_hidden_tokens_80_percent_are_masked_10_random_and_10_left"],
+        ["test_encoder_only.py::test_special_tokens_are_never_chosen_and_only_chosen_tokens_are_targets",
+         "test_encoder_only.py::test_of_the_chosen_tokens_80_percent_are_masked_10_random_10_unchanged"],
     ),
     Bug(
         "no cross-attention",
@@ -218,8 +218,8 @@ BUGS = [
             ids = t5.generate(model, [t5.make_source(number)], temperature=0.0)
             print(f"{number}: {t5.to_words(ids[0])}")
         """,
-        ["test_all_architectures.py::test_a_cross_attending_layer_is_pytorchs_decoder_layer_on_the_same_weights",
-         "test_encoder_decoder.py::test_every_output_sees_the_whole_source_and_no_later_target"],
+        ["test_all_architectures.py::test_a_cross_attention_layer_equals_pytorchs_on_the_same_weights",
+         "test_encoder_decoder.py::test_every_output_depends_on_the_whole_source_and_no_later_target"],
     ),
     Bug(
         "source padding is attended to",
@@ -236,7 +236,7 @@ BUGS = [
                 logit = model(source, target)[0, 0, t5.SOS_ID]
                 print(f"{padding} columns of padding: logit of <SOS> {logit:.4f}")
         """,
-        ["test_encoder_decoder.py::test_what_stands_in_the_sources_padding_changes_nothing"],
+        ["test_encoder_decoder.py::test_the_content_of_source_padding_changes_nothing"],
     ),
     Bug(
         "caches not reordered with their beams",
@@ -255,7 +255,7 @@ BUGS = [
             print(f"width {width}: best score {readable:.4f} (beam_search_one), "
                   f"{fast:.4f} (beam_search)")
         """,
-        ["test_beam_search.py::test_on_untrained_models_where_many_texts_compete_both_agree",
+        ["test_beam_search.py::test_both_agree_on_untrained_models_where_many_texts_compete",
          "test_encoder_decoder.py::test_a_beam_as_wide_as_all_hypotheses_finds_what_exhaustive_search_finds[1.0]"],
     ),
 ]

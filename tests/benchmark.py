@@ -2,8 +2,8 @@
 
     python tests/benchmark.py        a few minutes
 
-Absolute times mean little on a shared machine. So all figures are ratios of two things that are timed in turns, a few
-steps of one, a few of the other, and the median of the ratios is printed.
+Absolute times mean little on a shared machine. So two things are always timed in turns, a few steps of one, a few of
+the other, and the median of the ratios is printed.
 """
 
 import math
@@ -111,7 +111,7 @@ def benchmark_cache() -> None:
 
 
 def train_for_a_while(module):
-    """A model after three passes: it ends its names, as untrained ones do not."""
+    """A model after three epochs: it ends its names, unlike an untrained one."""
     torch.manual_seed(0)
     model = module.build_model()
     module.train(model, module.create_dataloaders(128), 3, num_evaluations=0, progress=tqdm(disable=True))

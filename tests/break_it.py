@@ -4,8 +4,8 @@
     python tests/break_it.py "no scale"            only those named
 
 For each it prints the expected symptom, the metrics of the unbroken and of the broken code, and the first failing test.
-`loss` is the last training loss, `exact` the exact match on 2,000 held-out numbers as evaluate computes it, with the
-true text as input, and `written` that of generated answers on 500: greedy (decoder_only), by beam search
+`loss` is the last training loss, `exact` the exact match on 2,000 held-out numbers as evaluate computes it, with
+teacher forcing, and `generated` that of generated answers on 500: greedy (decoder_only), by beam search
 (encoder_decoder), or by mask-predict with the true number of masks (encoder_only). Not every bug shows at this size,
 and that is the lesson: a model that learns does not prove that its code is correct. That is what the tests are for.
 """
@@ -67,7 +67,7 @@ BREAKS = [
     Break("top-p drops the crossing token", "decoder_only", "before >= p", "before + probabilities >= p",
           "greedy is unaffected; sampling drops a token, and fails if that was the only one"),
     Break("no cross-attention", "encoder_decoder", "x = x + self.dropout(\n            self.cross_attention(",
-          "x = x + 0 * self.dropout(\n            self.cross_attention(", "never sees the digits: fluent but wrong"),
+          "x = x + 0 * self.dropout(\n            self.cross_attention(", "no access to the digits: fluent but wrong"),
     Break("source padding is attended to", "encoder_decoder", "        memory_mask = make_padding_mask(source) ",
           "        memory_mask = make_padding_mask(source) | True #", "short sources depend on the rest of the batch"),
     Break("caches not reordered with their beams", "encoder_decoder", "parent.gather(1, best))[going]",
@@ -102,13 +102,13 @@ BREAKS = [
           "little to see from scratch; a trained model is damaged before its fine-tuning begins"),
     Break("soft prompt shifts the text", "variations/parameter_efficient_fine_tuning",
           "(positions - P).clamp(min=0)", "positions",
-          "the text stands at positions it was not trained on: no effect on LoRA, which is what is trained here"),
+          "the text is at positions it was not trained on: no effect on LoRA, which is what is trained here"),
     Break("no straight-through estimator", "variations/quantization", "rounded + (x - x.detach())", "rounded",
           "rounding has no gradient: the Linear layers stay as they started"),
     Break("one level too many", "variations/quantization", "levels = 2 ** (bits - 1) - 1", "levels = 2 ** (bits - 1)",
           "smaller errors, and integers that do not fit their bits: the packed file holds other numbers"),
     Break("replacement drawn from p", "variations/speculative_decoding", "leftover(p[n], q[n]), 1", "p[n], 1",
-          "greedy is unaffected; sampled tokens that the draft favors become more frequent than the target has them"),
+          "greedy is unaffected; sampling no longer follows the target: tokens that the draft favors come too often"),
     Break("rejected tokens stay cached", "variations/speculative_decoding",
           "        roll_back(cache, ids.size(1) - 1)\n        examined", "        examined",
           "after a rejection the target attends to the rejected token, and never reads its replacement"),
@@ -119,12 +119,12 @@ BREAKS = [
           "rewards + beta * (log_policy.detach()", "distance from the start model is rewarded: collapse"),
     Break("DPO without its reference", "variations/preference_optimization",
           "(log_chosen - start_chosen) - (log_rejected - start_rejected)", "log_chosen - log_rejected",
-          "pairs still get ranked; the policy no longer goes to the optimum for beta, but far beyond"),
+          "pairs still get ranked; the policy does not stop at the optimum for beta, but goes far beyond"),
     Break("the baseline contains the text's own return", "variations/preference_optimization",
           "(returns.sum() - returns) / (len(returns) - 1) ", "returns.mean() ",
           "a gradient too small by 1 / B: no visible effect at B = 256"),
 ]
-# How a broken variation is put into the model that is retrained; `v` is its module.
+# How a broken variation is put into the model before it is trained; `v` is its module.
 EXCHANGES = {
     "variations/positional_encodings": 'v.exchange(model, "RoPE")',
     "variations/llama": "v.exchange(model, v.PARTS)",
@@ -151,14 +151,14 @@ elif "{module}" == "decoder_only":
 else:
     said = [m.to_words(ids) for ids in m.beam_search(model, [m.make_source(n) for n in numbers])[0][:, 0]]
 right = sum(text == " ".join(number_to_words(n)) for n, text in zip(numbers, said)) / len(numbers)
-print(f"loss {{history[-1]['loss']:.3f}}, exact {{history[-1]['exact_match']:.1%}}, written {{right:.1%}}")
+print(f"loss {{history[-1]['loss']:.3f}}, exact {{history[-1]['exact_match']:.1%}}, generated {{right:.1%}}")
 """
 # Not test_twins: it fails for every bug in an architecture file, as each changes one file only.
 TESTS = ["test_toy_dataset", "test_all_architectures", "test_decoder_only", "test_encoder_decoder", "test_encoder_only"]
 
 
 def copy_code(folder: Path) -> None:
-    """Copy the repository, without figures, checkpoints and what is not part of it."""
+    """Copy the repository, without figures, checkpoints and what does not belong to it."""
     left_out = shutil.ignore_patterns(".*", "figures", "checkpoints", "workbench", "venv", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=left_out, dirs_exist_ok=True)
 
@@ -207,7 +207,7 @@ def main(names: list[str]) -> None:
                   f"  expected  {mistake.expected}\n"
                   f"  unbroken  {baselines[mistake.file]}\n"
                   f"  broken    {train_briefly(mistake.file, Path(folder))}\n"
-                  f"  red       {first_red_test(mistake.file, Path(folder))}", flush=True)
+                  f"  fails     {first_red_test(mistake.file, Path(folder))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several test files need: the repository on the path, small models, and one of each that has learned a little."""
+"""What several test files need: the repository on the path, small models, and a briefly trained one of each kind."""
 
 import functools
 import signal
@@ -16,8 +16,8 @@ import decoder_only  # noqa: E402
 import encoder_decoder  # noqa: E402
 import encoder_only  # noqa: E402
 
-# Exactness ("equal to the last digit") is asked of the CPU, where additions come in the same order each time. So the
-# tests do not see a GPU, except those that ask for the fixture `accelerator`.
+# Exactness ("equal to the last digit") is tested on the CPU, where additions come in the same order each time. So GPUs
+# are hidden from the tests, except from those that request the fixture `accelerator`.
 IS_AVAILABLE = {part: part.is_available for part in (torch.cuda, torch.backends.mps)}
 ACCELERATOR = decoder_only.get_device()
 for part in IS_AVAILABLE:
@@ -26,7 +26,7 @@ for part in IS_AVAILABLE:
 TINY = dict(d_model=32, num_layers=2, num_heads=4, d_ff=64, dropout=0.0, max_length=40)
 MODULES = [encoder_only, decoder_only, encoder_decoder]
 
-# What a shell starts in the background ignores Ctrl-C, and so would all scripts that these tests start from there.
+# A process that a shell starts in the background ignores Ctrl-C, and so would all scripts that these tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -56,7 +56,7 @@ def accelerator(monkeypatch):
 
 
 def quick_training(module, num_epochs=2, **options):
-    """A small model after a short training: not good, but far from random."""
+    """A small model after a short training run: not good, but far from random."""
     torch.manual_seed(0)
     model = module.build_model(**TINY | {"d_model": 64}, **options)
     loaders = (module.create_dataloaders(128, 0, **options) if module is encoder_only

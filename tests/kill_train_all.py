@@ -5,10 +5,10 @@
 
 Each run is the script itself, in a copy of the folder with small models, a checkpoint after every step, dropout, and
 encoder_only's pretraining and fine-tuning, so that masks, dropout, order, optimizer, best weights and runs that start
-from another are all covered. It runs once undisturbed. Then it is started, killed at a random moment of its training
+from another are all covered. It runs once uninterrupted. Then it is started, killed at a random moment of its training
 (SIGKILL on POSIX, TerminateProcess on Windows: no chance to clean up), and started again, until it finishes; new runs
 follow until all kills are done. After each kill, every checkpoint must be a complete file. Each finished run must have
-exactly the undisturbed run's weights, optimizer state and history.
+exactly the uninterrupted run's weights, optimizer state and history.
 
 SEED fixes the random delays; what the script is doing when a delay ends still depends on the machine's speed.
 """
@@ -121,7 +121,7 @@ def main(num_kills: int = 20) -> None:
                 steps = [file["step"] for path, file in files_of(folder).items() if path.name.endswith("_last.pt")]
                 print(f"  kill {kills:3}: every file is complete; steps so far: {sum(steps)}", flush=True)
             wrong = differences(files_of(folder), expected)
-            print(f"Run {runs} finished. Differences from the undisturbed run: {', '.join(wrong) or 'none'}",
+            print(f"Run {runs} finished. Differences from the uninterrupted run: {', '.join(wrong) or 'none'}",
                   flush=True)
             if wrong:
                 sys.exit(1)

@@ -34,13 +34,13 @@ EXAMPLE = {encoder_only: toy_dataset.masked_lm_example, decoder_only: toy_datase
 
 
 def batches(module, *sizes):
-    """Batches of so many training numbers each, no number twice."""
+    """Batches of these sizes, of training numbers, none of them twice."""
     numbers = iter(toy_dataset.make_splits().train)
     return [toy_dataset.pad_batch([EXAMPLE[module](number) for number in islice(numbers, size)]) for size in sizes]
 
 
 def fixed_batches(module, *sizes):
-    """The same; those of the masked LM with masks that stay as they are, where it would draw new ones each time."""
+    """The same, with fixed masks for the masked LM, which would otherwise draw new ones each time."""
     found = batches(module, *sizes)
     for seed, batch in enumerate(found if module is encoder_only else []):
         batch["ids"], batch["targets"] = encoder_only.mask_tokens(batch["ids"], torch.Generator().manual_seed(seed))
@@ -59,7 +59,7 @@ def quiet():
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_written_out_attention_is_pytorchs_forward_and_backward(masked):
+def test_attention_equals_pytorchs_forward_and_backward(masked):
     torch.manual_seed(0)
     ours = [torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3)]
     theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
@@ -85,7 +85,7 @@ def test_attention_weights_sum_to_one_and_masked_ones_are_exactly_zero():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_row_with_nothing_to_attend_to_stays_finite_in_every_precision(dtype):
+def test_a_fully_masked_row_stays_finite_in_every_precision(dtype):
     query = torch.randn(1, 1, 3, 4, dtype=dtype, requires_grad=True)
     mask = torch.tensor([[True, True, True], [False, False, False], [True, False, False]])
     result, weights = attend(query, query, query, mask)
@@ -93,7 +93,7 @@ def test_a_row_with_nothing_to_attend_to_stays_finite_in_every_precision(dtype):
     assert result.isfinite().all() and weights.isfinite().all() and query.grad.isfinite().all()
 
 
-def test_dropout_zeroes_attention_weights_after_softmax_and_leaves_those_handed_back_alone():
+def test_dropout_zeroes_attention_weights_after_softmax_but_not_the_returned_ones():
     query, key, value = torch.randn(3, 2, 4, 6, 8)
     dropped = []
 
@@ -107,7 +107,7 @@ def test_dropout_zeroes_attention_weights_after_softmax_and_leaves_those_handed_
     torch.testing.assert_close(output, half(weights) @ value)
 
 
-def test_multi_head_attention_is_pytorchs_on_the_same_weights():
+def test_multi_head_attention_equals_pytorchs_on_the_same_weights():
     torch.manual_seed(0)
     ours = encoder_only.MultiHeadAttention(32, 4, 0.0)
     theirs = nn.MultiheadAttention(32, 4, batch_first=True)
@@ -118,7 +118,7 @@ def test_multi_head_attention_is_pytorchs_on_the_same_weights():
 
 
 def copy_attention(ours, theirs):
-    """Our four matrices into PyTorch's fused one."""
+    """Copy our four matrices into PyTorch's fused one."""
     with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
         theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
@@ -134,7 +134,7 @@ def copy_rest(ours, theirs, norms):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_layer_is_pytorchs_pre_norm_layer_on_the_same_weights(causal):
+def test_a_layer_equals_pytorchs_pre_norm_layer_on_the_same_weights(causal):
     torch.manual_seed(0)
     ours = (decoder_only.DecoderLayer if causal else encoder_only.EncoderLayer)(32, 4, 64, 0.0)
     theirs = nn.TransformerEncoderLayer(32, 4, 64, 0.0, F.gelu, batch_first=True, norm_first=True)
@@ -145,7 +145,7 @@ def test_a_layer_is_pytorchs_pre_norm_layer_on_the_same_weights(causal):
     torch.testing.assert_close(ours(x, mask), theirs(x, src_mask=~mask), atol=1e-5, rtol=1e-5)
 
 
-def test_a_cross_attending_layer_is_pytorchs_decoder_layer_on_the_same_weights():
+def test_a_cross_attention_layer_equals_pytorchs_on_the_same_weights():
     torch.manual_seed(0)
     ours = encoder_decoder.DecoderLayer(32, 4, 64, 0.0)
     theirs = nn.TransformerDecoderLayer(32, 4, 64, 0.0, F.gelu, batch_first=True, norm_first=True)
@@ -191,7 +191,7 @@ def test_dropout_is_applied_to_what_each_branch_adds_to_the_residual_stream(kind
         assert set(call().unique().tolist()) == {0.0, 2.0}, speaking  # half is dropped, the rest doubled
 
 
-def test_attention_drops_weights_in_training_only_and_tells_the_maps_before_dropout():
+def test_attention_dropout_acts_in_training_only_and_maps_precede_it():
     torch.manual_seed(0)
     attention, x, maps = encoder_only.MultiHeadAttention(32, 4, 0.5), torch.randn(1, 6, 32), []
     exact = attention.eval()(x, None)
@@ -224,7 +224,7 @@ def test_a_layer_has_two_thirds_of_its_parameters_in_the_feed_forward_network():
 # --- the models ---
 
 
-def test_a_model_is_pytorchs_stack_of_layers_between_the_embedding_and_a_last_norm(module):
+def test_a_model_equals_pytorchs_layers_between_embedding_and_final_norm(module):
     """From token ids to logits, on the same weights: embedding * sqrt(C) + positions, layers, norm, embedding again."""
     torch.manual_seed(0)
     model, ids = tiny(module), torch.tensor([toy_dataset.to_ids("9 0 2 1 0".split())])
@@ -254,7 +254,7 @@ def test_a_model_is_pytorchs_stack_of_layers_between_the_embedding_and_a_last_no
 
 
 def look_back(T):
-    """PyTorch's causal mask, which says True where one may NOT attend."""
+    """PyTorch's causal mask, in which True means may NOT attend."""
     return ~torch.ones(T, T, dtype=torch.bool).tril()
 
 
@@ -268,12 +268,12 @@ def test_dropout_acts_on_the_sum_of_embedding_and_position_in_training_only(modu
     torch.testing.assert_close(dropped[~zeroed], 2 * exact[~zeroed])
 
 
-def test_one_constant_sets_the_dropout_of_all_places(module):
+def test_one_constant_sets_every_dropout_probability(module):
     found = [part.p for part in module.build_model(**TINY | {"dropout": 0.3}).modules() if isinstance(part, nn.Dropout)]
     assert set(found) == {0.3} and len(found) == {encoder_decoder: 11}.get(module, 5)  # 1, and 2 or 3 in each layer
 
 
-def test_a_new_model_has_xaviers_weights_zero_biases_and_small_embeddings(module):
+def test_a_new_model_has_xavier_weights_zero_biases_and_small_embeddings(module):
     torch.manual_seed(0)
     model = module.build_model(d_model=64, d_ff=256, num_layers=1)
     assert model.embedding.weight.std().item() * math.sqrt(64) == pytest.approx(0.5, rel=0.1)
@@ -284,7 +284,7 @@ def test_a_new_model_has_xaviers_weights_zero_biases_and_small_embeddings(module
             assert part.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)  # that of a uniform one
 
 
-def test_attention_maps_are_each_heads_own_and_keep_no_graph(module):
+def test_each_head_has_its_own_attention_map_and_maps_keep_no_graph(module):
     model, batch, maps = tiny(module), first_batch(module), []
     if module is encoder_decoder:
         model.decode(batch["target"], model.encode(batch["source"], maps), batch["source"], None, maps, maps)
@@ -296,7 +296,7 @@ def test_attention_maps_are_each_heads_own_and_keep_no_graph(module):
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-def test_the_fastest_device_is_taken(module, monkeypatch):
+def test_the_fastest_available_device_is_used(module, monkeypatch):
     assert module.get_device().type == "cpu"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert module.get_device().type == "mps"
@@ -304,19 +304,19 @@ def test_the_fastest_device_is_taken(module, monkeypatch):
     assert module.get_device().type == "cuda"
 
 
-def test_the_parameters_are_as_many_as_arithmetic_says(module):
+def test_the_parameter_count_matches_the_formula(module):
     for task in encoder_only.TASKS if module is encoder_only else (None,):
         model = module.build_model(**TINY, **({"task": task} if task else {}))
         assert sum(p.numel() for p in model.parameters()) == module.parameter_formula(model)[1]
 
 
-def test_the_first_loss_is_near_that_of_blind_guessing(module):
+def test_the_first_loss_is_near_that_of_uniform_guessing(module):
     torch.manual_seed(0)
     loss_sum, num_targets = module.compute_loss(module.build_model(), first_batch(module, 128))
     assert (loss_sum / num_targets).item() == pytest.approx(math.log(len(toy_dataset.VOCABULARY)), abs=0.3)
 
 
-def test_a_batch_of_mixed_lengths_gives_what_its_members_give_alone(module):
+def test_a_batch_of_mixed_lengths_gives_the_same_outputs_as_its_members_alone(module):
     model = tiny(module)
     examples = [EXAMPLE[module](number) for number in (7, 90210, 342)]
     fields = [field for field in examples[0] if field != "targets"]
@@ -342,7 +342,7 @@ def test_every_parameter_gets_a_gradient(module):
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_what_is_longer_than_max_length_is_refused(module):
+def test_a_sequence_longer_than_max_length_is_refused(module):
     model = tiny(module, max_length=4)
     with pytest.raises(InputError, match="MAX_LENGTH = 4"):
         outputs(module, model, first_batch(module))
@@ -352,12 +352,12 @@ def test_what_is_longer_than_max_length_is_refused(module):
     ({"num_heads": 5}, "D_MODEL = 32.*NUM_HEADS = 5"), ({"d_model": 31, "num_heads": 1}, "D_MODEL = 31.*even"),
     ({"num_layers": 0}, "NUM_LAYERS = 0"), ({"d_ff": -1}, "D_FF = -1"), ({"dropout": 1.0}, "DROPOUT = 1.0"),
     ({"max_length": 0}, "MAX_LENGTH = 0"), ({"d_model": 32.0}, "D_MODEL = 32.0")])
-def test_sizes_of_which_no_model_can_be_made_are_refused(module, change, names):
+def test_invalid_model_sizes_are_refused(module, change, names):
     with pytest.raises(ValueError, match=names):
         module.build_model(**TINY | change)
 
 
-def test_the_numbers_of_heads_that_are_proposed_work(module):
+def test_the_suggested_numbers_of_heads_work(module):
     with pytest.raises(InputError) as caught:
         module.build_model(d_model=24, num_heads=5)
     proposed = str(caught.value).split("NUM_HEADS = ")[2].split(" work")[0]
@@ -385,7 +385,7 @@ CASES = [*((name, value, f"{name} = {re.escape(repr(value))} must be") for name,
 
 @pytest.mark.parametrize("module, name, value, message", [
     (module, *case) for module in MODULES for case in CASES if hasattr(module, case[0])])
-def test_constants_that_cannot_work_are_refused_before_training(module, monkeypatch, tmp_path, name, value, message):
+def test_invalid_constants_are_refused_before_training(module, monkeypatch, tmp_path, name, value, message):
     monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "model.pt")
     monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("it trained"))
     monkeypatch.setattr(module, name, value)
@@ -418,7 +418,7 @@ def test_padding_and_ignored_targets_carry_no_loss(module):
     assert loss_sum == 0 and num_targets == 0
 
 
-def test_a_step_of_which_nothing_is_asked_leaves_the_weights_finite(module):
+def test_a_step_without_targets_leaves_the_weights_finite(module):
     batch, model = first_batch(module), tiny(module)
     batch["targets"] = torch.full_like(batch["ids" if "ids" in batch else "targets"], IGNORE)
     history = module.train(model, toy_dataset.Splits([batch], [batch], []), 1, 1e-3, 1, quiet())
@@ -426,7 +426,7 @@ def test_a_step_of_which_nothing_is_asked_leaves_the_weights_finite(module):
 
 
 @pytest.mark.parametrize("module", [decoder_only, encoder_decoder], ids=lambda m: m.__name__)
-def test_losses_of_unequal_micro_batches_add_up_to_that_of_the_whole(module):
+def test_losses_of_unequal_micro_batches_add_up_to_the_batch_loss(module):
     examples = [EXAMPLE[module](number) for number in (7, 12, 90210, 777777)]
     model = tiny(module)
     whole = module.compute_loss(model, toy_dataset.pad_batch(examples))
@@ -435,7 +435,7 @@ def test_losses_of_unequal_micro_batches_add_up_to_that_of_the_whole(module):
     assert sum(number for _, number in parts) == whole[1]
 
 
-def test_one_batch_can_be_learned_by_heart(module):
+def test_one_batch_can_be_overfitted(module):
     if module is encoder_only:
         model = module.build_model(**TINY, task="counting")
         batch = toy_dataset.pad_batch([toy_dataset.counting_example(n) for n in (7, 342, 90210, 55)])
@@ -462,10 +462,10 @@ def test_weight_decay_touches_the_matrices_of_linear_layers_once_and_nothing_els
     assert [group["weight_decay"] for group in module.create_optimizer(model).param_groups] == [module.WEIGHT_DECAY, 0]
 
 
-def test_steps_are_those_of_adamw_written_out(module):
-    """Loshchilov & Hutter 2019, algorithm 2: averages of gradient and its square, corrected for starting at 0; decay
-    apart from both, for matrices of Linear layers alone. The learning rate is the one that each step is given. In
-    float64: some gradients are 0 but for rounding (a bias of keys moves all scores alike), and Adam divides by them."""
+def test_steps_equal_adamw_written_out(module):
+    """Loshchilov & Hutter 2019, algorithm 2: running means of the gradient and its square, corrected for starting at 0;
+    decoupled decay, for matrices of Linear layers alone; the learning rate given to each step. In float64, because some
+    gradients are 0 up to rounding (a key bias shifts all scores alike), and Adam divides by them."""
     model = tiny(module).double().train()
     optimizer, written_out = module.create_optimizer(model, 123.0), copy.deepcopy(model)  # 123: must not matter
     parameters = dict(written_out.named_parameters())
@@ -489,7 +489,7 @@ def test_steps_are_those_of_adamw_written_out(module):
 
 
 @pytest.mark.parametrize("loss", ["nan", "inf", "too large", "gradient nan"])
-def test_a_step_that_has_diverged_raises_before_the_weights_are_touched(module, monkeypatch, loss):
+def test_a_diverged_step_raises_before_the_weights_change(module, monkeypatch, loss):
     model, (batch,) = tiny(module), fixed_batches(module, 4)
     optimizer, before = module.create_optimizer(model), copy.deepcopy(model.state_dict())
 
@@ -506,7 +506,7 @@ def test_a_step_that_has_diverged_raises_before_the_weights_are_touched(module, 
 
 
 @pytest.mark.parametrize("num_steps, warmup_steps", [(1000, 100), (1000, 0), (50, 40), (50, 200), (1, 0), (2, 200)])
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end(module, num_steps, warmup_steps):
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_minimum(module, num_steps, warmup_steps):
     rates = [module.learning_rate_at(step, num_steps, 1.0, warmup_steps) for step in range(num_steps)]
     top = rates.index(max(rates))
     assert rates[0] > 0 and max(rates) == pytest.approx(1.0, abs=0.01) or num_steps < 3
@@ -526,7 +526,7 @@ def test_a_short_run_is_not_all_warmup_and_the_decay_is_half_a_cosine(module, mo
         assert rates[round(200 + 800 * done) - 1] == pytest.approx(expected)
 
 
-def test_training_goes_through_all_batches_in_training_mode_at_the_rate_of_the_schedule(module, monkeypatch):
+def test_training_visits_all_batches_in_training_mode_at_the_scheduled_rate(module, monkeypatch):
     model, loader = tiny(module), fixed_batches(module, 4, 4, 4)
     seen, found, step = [], [], module.train_step
 
@@ -546,21 +546,21 @@ def test_training_goes_through_all_batches_in_training_mode_at_the_rate_of_the_s
     assert [(row["loss"], row["grad_norm"]) for row in history] == found
 
 
-def test_what_the_history_says_of_held_out_numbers_is_what_evaluate_says(module):
+def test_the_validation_metrics_in_the_history_are_those_of_evaluate(module):
     model, (one, other) = tiny(module), fixed_batches(module, 8, 16)
     history = module.train(model, toy_dataset.Splits([one], [other], [one]), 2, 1e-3, 2, quiet())
     found = module.evaluate(model, [other])
     assert (history[-1]["validation_loss"], history[-1]["exact_match"]) == (found["loss"], found["exact_match"])
 
 
-def test_an_answer_counts_as_correct_if_all_that_is_asked_of_it_is(module, monkeypatch):
-    """Three answers: correct, one token wrong, all wrong. What is guessed where nothing is asked does not matter."""
+def test_an_answer_counts_as_correct_only_if_every_target_is_predicted(module, monkeypatch):
+    """Three answers: correct, one token wrong, all wrong. Predictions at positions without a target do not matter."""
     batch = toy_dataset.pad_batch([EXAMPLE[module](number) for number in (777, 342, 90210)])
     targets = batch["targets"] if "targets" in batch else batch["ids"].masked_fill(batch["ids"] < 6, IGNORE)
-    guesses, one = targets.clamp(min=0), (targets[1] != IGNORE).nonzero()[-1]  # where nothing is asked: <PAD>
+    guesses, one = targets.clamp(min=0), (targets[1] != IGNORE).nonzero()[-1]  # without a target: <PAD>
     if module is decoder_only:
-        guesses[0, 0] += 1  # a digit of the prompt: nobody could guess it
-        one = batch["ids"][1].tolist().index(toy_dataset.SEP_ID)  # where the first word is asked for
+        guesses[0, 0] += 1  # a digit of the prompt, which is random
+        one = batch["ids"][1].tolist().index(toy_dataset.SEP_ID)  # where the first word is predicted
     guesses[1, one], guesses[2] = guesses[1, one] + 1, guesses[2] + 1
     logits = 9.0 * F.one_hot(guesses, len(toy_dataset.VOCABULARY) + 1).float()
     monkeypatch.setattr(module, "predict", lambda *_: (logits, targets))
@@ -568,7 +568,7 @@ def test_an_answer_counts_as_correct_if_all_that_is_asked_of_it_is(module, monke
     assert found["mistakes"] == [1, 2, 4, 5] and found["exact_match"] == pytest.approx(1 / 3)
 
 
-def test_the_loss_of_an_evaluation_is_that_of_all_its_targets_alike(module):
+def test_the_loss_of_an_evaluation_weights_all_targets_equally(module):
     model, parts = tiny(module), fixed_batches(module, 3, 17)
     sums, numbers = zip(*(module.compute_loss(model, batch) for batch in parts))
     assert module.evaluate(model, parts)["loss"] == pytest.approx((sum(sums) / sum(numbers)).item(), rel=1e-5)
@@ -590,7 +590,7 @@ def test_the_same_seed_gives_the_same_losses_to_the_last_digit(module):
     assert first == second and len(first) == 16 and first[0]["loss"] > first[-1]["loss"]
 
 
-def test_the_history_tells_step_loss_rate_norm_and_what_evaluation_found(module):
+def test_the_history_records_step_loss_rate_norm_and_evaluations(module):
     history, _ = briefly_trained(module)
     assert [row["step"] for row in history] == list(range(1, 17))
     assert [row["step"] for row in history if "exact_match" in row] == [8, 16]
@@ -598,14 +598,14 @@ def test_the_history_tells_step_loss_rate_norm_and_what_evaluation_found(module)
 
 
 def test_each_step_follows_the_gradient_of_its_own_batch_alone(module):
-    """With a learning rate too small to move anything, equal batches have equal gradients; left over, they add up."""
+    """With a learning rate too small to move anything, equal batches have equal gradients, unless they accumulate."""
     model, (batch,) = tiny(module), fixed_batches(module, 16)
     history = module.train(model, toy_dataset.Splits([batch] * 4, [batch], None), 1, 1e-12, 1, quiet())
     norms = [row["grad_norm"] for row in history]
     assert norms == pytest.approx([norms[0]] * 4, rel=1e-4)
 
 
-def test_gradients_are_clipped_before_the_one_step_that_follows_them(module, monkeypatch):
+def test_gradients_are_clipped_before_the_optimizer_step(module, monkeypatch):
     monkeypatch.setattr(module, "GRAD_CLIP", 1e-3)
     norms, original = [], torch.optim.AdamW.step
 
@@ -619,19 +619,19 @@ def test_gradients_are_clipped_before_the_one_step_that_follows_them(module, mon
     assert max(norms) <= 1.001e-3 < min(row["grad_norm"] for row in history)
 
 
-def test_training_that_diverges_stops_with_a_sentence_that_says_what_to_change(module):
+def test_diverging_training_stops_with_a_sentence_that_says_what_to_change(module):
     with pytest.raises(FloatingPointError, match="(?s)diverged.*LEARNING_RATE = 1000"):
         train_briefly(module, learning_rate=1000)
 
 
 @pytest.mark.parametrize("name, value", [("GRAD_CLIP", 0), ("WEIGHT_DECAY", -1), ("WARMUP_STEPS", -1)])
-def test_training_constants_that_cannot_train_are_refused(module, monkeypatch, name, value):
+def test_invalid_training_constants_are_refused(module, monkeypatch, name, value):
     monkeypatch.setattr(module, name, value)
     with pytest.raises(InputError, match=f"{name} = {value}"):
         train_briefly(module)
 
 
-def test_evaluation_is_without_dropout_and_puts_the_mode_back(module):
+def test_evaluation_disables_dropout_and_restores_the_mode(module):
     _, model = briefly_trained(module)
     loader = [first_batch(module, 16)]
     for training in (True, False):
@@ -643,7 +643,7 @@ def test_evaluation_is_without_dropout_and_puts_the_mode_back(module):
 # --- checkpoints ---
 
 
-def test_what_was_saved_is_what_is_loaded_and_the_file_is_safe_to_read(module, tmp_path):
+def test_loading_restores_what_was_saved_and_the_file_is_safe_to_read(module, tmp_path):
     model = tiny(module)
     module.save(model, tmp_path / "model.pt")
     loaded = module.load(tmp_path / "model.pt", module.build_model(**TINY))
@@ -656,8 +656,8 @@ def test_what_was_saved_is_what_is_loaded_and_the_file_is_safe_to_read(module, t
 
 @pytest.mark.parametrize("change", [{"d_model": 16}, {"num_layers": 1}, {"num_heads": 2}, {"d_ff": 128},
                                     {"max_length": 41}], ids=lambda change: next(iter(change)))
-def test_a_checkpoint_of_other_constants_is_refused_with_their_name(module, tmp_path, change):
-    """Two of these fit weight for weight, and would give other answers: as many heads, as long a table of positions."""
+def test_a_checkpoint_with_other_constants_is_refused_by_name(module, tmp_path, change):
+    """NUM_HEADS and MAX_LENGTH change the shape of no weight, so only this check can notice them."""
     module.save(tiny(module), tmp_path / "model.pt")
     (name, today), = change.items()
     with pytest.raises(InputError, match=rf"(?s)model\.pt.*{name.upper()} = {TINY[name]}.*{today}"):
@@ -666,7 +666,7 @@ def test_a_checkpoint_of_other_constants_is_refused_with_their_name(module, tmp_
 
 @pytest.mark.parametrize("name", ["MAX_DIGITS", "NUM_TRAIN", "SEED"])
 def test_a_checkpoint_of_another_language_is_refused(module, tmp_path, monkeypatch, name):
-    """It may have been trained on what are test numbers today."""
+    """It may have been trained on numbers that are in today's test split."""
     module.save(tiny(module), tmp_path / "model.pt")
     monkeypatch.setattr(toy_dataset, name, 999)
     with pytest.raises(InputError, match=f"toy_dataset.{name}"):
@@ -707,7 +707,7 @@ def test_code_in_a_checkpoint_is_not_run(module, tmp_path):
     assert not (tmp_path / "it ran").exists()
 
 
-def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(module, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_old_checkpoint(module, tmp_path, monkeypatch):
     path = tmp_path / "model.pt"
     module.save(tiny(module), path)
     before = path.read_bytes()
@@ -723,7 +723,7 @@ def test_a_save_that_dies_half_way_leaves_the_old_checkpoint(module, tmp_path, m
     assert path.read_bytes() == before
 
 
-def test_saving_keeps_what_stood_there_before(module, tmp_path):
+def test_saving_keeps_the_previous_checkpoint(module, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(b"something of yours")
     module.save(tiny(module), path)
@@ -731,7 +731,7 @@ def test_saving_keeps_what_stood_there_before(module, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_to_is_named(module, tmp_path):
+def test_an_unwritable_folder_is_named(module, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(OSError, match=str(tmp_path)):
         module.save(tiny(module), tmp_path / "model.pt")
@@ -742,7 +742,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(module, tmp_path):
 
 @pytest.fixture
 def small_language(monkeypatch):
-    """As few numbers as there can be of each length."""
+    """Splits with as few numbers of each length as possible."""
     for name, size in (("NUM_TRAIN", 400), ("NUM_VALIDATION", 40), ("NUM_TEST", 60)):
         monkeypatch.setattr(toy_dataset, name, size)
     toy_dataset.make_splits.cache_clear()
@@ -750,7 +750,7 @@ def small_language(monkeypatch):
     toy_dataset.make_splits.cache_clear()
 
 
-def test_the_figure_at_the_end_is_that_of_the_test_numbers_looked_at_after_training(
+def test_the_final_accuracy_is_measured_on_test_numbers_after_training(
         module, monkeypatch, tmp_path, capsys, small_language):
     calls = []
     monkeypatch.setattr(module, "CHECKPOINT", tmp_path / "model.pt")
@@ -768,7 +768,7 @@ GENERATORS = pytest.mark.parametrize("module", [decoder_only, encoder_decoder], 
 
 
 @GENERATORS
-def test_an_answer_is_marked_wrong_if_and_only_if_it_is_and_says_what_is_right(module, monkeypatch):
+def test_wrong_answers_and_no_others_are_marked_with_the_correct_ones(module, monkeypatch):
     def generate(model, prompts, temperature, **_):
         assert temperature == 0 and len(prompts) == 2
         return toy_dataset.pad_batch([{"ids": toy_dataset.to_ids(text.split())} for text in
@@ -780,7 +780,7 @@ def test_an_answer_is_marked_wrong_if_and_only_if_it_is_and_says_what_is_right(m
 
 
 @GENERATORS
-def test_text_ends_where_the_end_was_written_or_at_the_limit(module):
+def test_text_ends_at_eos_or_at_the_limit(module):
     for text in ("forty two <EOS> nine nine", "forty two <EOS> <PAD> <PAD>", "forty two <PAD>", "forty two"):
         assert module.to_words(torch.tensor(toy_dataset.to_ids(text.split()))) == "forty two"
 
@@ -824,7 +824,7 @@ def test_a_gpu_is_used_and_computes_what_the_cpu_computes(module, accelerator):
     torch.testing.assert_close(found.cpu(), module.predict(model, batch)[0], atol=1e-3, rtol=1e-3)
 
 
-def test_training_on_a_gpu_goes_the_way_it_goes_on_the_cpu(module, accelerator):
+def test_training_on_a_gpu_matches_training_on_the_cpu(module, accelerator):
     parts, losses = fixed_batches(module, 16, 16, 16), []
     for model in (tiny(module), on(accelerator, tiny(module))):
         history = module.train(model, toy_dataset.Splits(parts, parts[:1], None), 3, 1e-3, 1, quiet())
@@ -848,14 +848,14 @@ def test_a_gpu_generates_what_the_cpu_generates(accelerator, request):
 
 
 @GENERATORS
-def test_sampling_on_a_gpu_takes_a_generator_of_its_own(module, accelerator):
+def test_sampling_on_a_gpu_takes_a_generator_of_that_gpu(module, accelerator):
     model, prompt = on(accelerator, tiny(module)), [toy_dataset.SOS_ID]
     first, second = (module.generate(model, [prompt] * 9, 9, temperature=1.0, top_k=9, top_p=0.9,
                                      generator=torch.Generator(accelerator).manual_seed(3)) for _ in range(2))
     assert first.equal(second)
 
 
-def test_what_a_gpu_saved_the_cpu_loads(module, accelerator, tmp_path):
+def test_the_cpu_loads_what_a_gpu_saved(module, accelerator, tmp_path):
     model = on(accelerator, tiny(module))
     module.save(model, tmp_path / "model.pt")
     loaded = module.load(tmp_path / "model.pt", module.build_model(**TINY).cpu())

@@ -16,7 +16,7 @@ PAPER = {SOS_ID: {A: 0.6, B: 0.4}, A: {A: 0.4, B: 0.35, EOS_ID: 0.25}, B: {A: 0.
 
 
 class TableModel:
-    """p(next token) depends on the last token, and on which source is read: tables maps a source's token to a table.
+    """p(next token) depends on the last token and on the source: tables maps a source's token to a table.
 
     It has what beam search needs of a model. Rows of source, memory and target that do not belong together are seen.
     """
@@ -55,7 +55,7 @@ def strip(ids):
 
 
 def both(model, source, *settings):
-    """What the readable and the batched beam search find, [(score, ids), ...], once it is known to be the same."""
+    """The results [(score, ids), ...] of the readable and the batched beam search, after checking that they agree."""
     found = t5.beam_search_one(model, source, *settings)
     texts, scores = t5.beam_search(model, [source], *settings)
     batched = [(score, strip(ids)) for ids, score in zip(texts[0], scores[0].tolist()) if score > -math.inf]
@@ -64,7 +64,7 @@ def both(model, source, *settings):
     return found
 
 
-def test_the_example_in_the_docstring_comes_out_as_it_says():
+def test_the_example_in_the_docstring_is_true():
     model = TableModel({SOS_ID: PAPER})
     (best, text), (second, other) = both(model, [SOS_ID], 2, 1.0)
     assert text == [B, EOS_ID] and best == pytest.approx(math.log(0.36) / 2, abs=1e-4)
@@ -77,14 +77,14 @@ def test_greedy_decoding_misses_the_most_probable_text_and_a_beam_of_2_finds_it(
     assert both(model, [SOS_ID], 2, 0.0)[0] == (pytest.approx(math.log(0.36), abs=1e-4), [B, EOS_ID])
 
 
-def test_an_end_that_is_not_among_the_best_w_candidates_is_dropped():
+def test_a_finished_candidate_outside_the_best_w_is_dropped():
     texts = [ids for _, ids in both(TableModel({SOS_ID: PAPER}), [SOS_ID], 2, 0.0)]
     assert [A, EOS_ID] not in texts  # 0.15, behind 0.36 and 0.24 when it was proposed
 
 
 @pytest.mark.parametrize("num_stay", range(5))
-def test_sources_that_are_done_leave_and_the_others_find_what_they_find_alone(num_stay):
-    # Whatever number of sources ends at the first step, as many hypotheses as before among them: 10 rows become 2 * 5.
+def test_finished_sources_leave_the_batch_without_changing_the_others(num_stay):
+    # If 2 of the 10 sources remain after the first step, they have 2 * 5 hypotheses: 10 rows, as many as before.
     short = {SOS_ID: {EOS_ID: 0.98, A: 0.01, B: 0.01}, A: {A: 0.5, EOS_ID: 0.5}, B: {B: 0.5, EOS_ID: 0.5}}
     model = TableModel({A: PAPER, B: short})
     sources = [[A]] * num_stay + [[B]] * (10 - num_stay)
@@ -118,7 +118,7 @@ def test_the_batched_search_finds_what_the_readable_one_finds(trained_encoder_de
         assert [value for value in values if value > -math.inf] == pytest.approx([s for s, _ in found], abs=1e-4)
 
 
-def test_on_untrained_models_where_many_texts_compete_both_agree():
+def test_both_agree_on_untrained_models_where_many_texts_compete():
     for seed in range(6):
         both(tiny(t5, seed), t5.make_source(342), 3, 1.0, 5)
 

@@ -120,7 +120,7 @@ def test_the_ceiling_equals_brute_force_over_a_whole_language(copies):
 
 
 @pytest.mark.parametrize("lengths, expected", [(range(1, 7), 6 / 21), (range(3, 7), 6 / 18), ([5], 1.0)])
-def test_the_ceiling_of_evenly_spread_lengths_is_known_by_hand(lengths, expected):
+def test_the_ceiling_for_evenly_spread_lengths_matches_a_hand_calculation(lengths, expected):
     numbers = [int("7" * length) for length in lengths]
     assert compare.causal_ceiling(numbers)[0] == pytest.approx(expected)
 
@@ -195,7 +195,7 @@ def test_all_cells_get_the_same_sizes_steps_and_seeds_and_each_architecture_one_
     assert {tuple(entry["by_seed"]["seed"]) for entry in entries} == {tuple(compare.SEEDS)}
 
 
-def test_a_training_is_decided_by_its_seed_alone(monkeypatch, few_numbers):
+def test_a_training_run_depends_on_its_seed_alone(monkeypatch, few_numbers):
     monkeypatch.setattr(compare, "SIZES", TINY)
     cell, weights = BY_NAME["decoder-only, generate"], []
     for seed, noise in [(0, 5), (0, 6), (1, 5)]:
@@ -228,7 +228,7 @@ def test_different_values_of_SEED_share_no_training_run(tmp_path):
 
 @pytest.mark.parametrize("module", [encoder_only, decoder_only, encoder_decoder])
 @pytest.mark.parametrize("name", ["WEIGHT_DECAY", "DROPOUT", "WARMUP_STEPS"])
-def test_constants_that_would_make_it_unfair_are_refused(module, name, monkeypatch):
+def test_constants_that_would_make_the_comparison_unfair_are_refused(module, name, monkeypatch):
     monkeypatch.setattr(module, name, 0.5)
     with pytest.raises(InputError, match=f"{name} is .* in all three"):
         compare.check_constants()
@@ -268,7 +268,7 @@ DRAWN = {  # inputs and targets as the docstrings draw them
 
 
 @pytest.mark.parametrize("cell", ALL_CELLS, ids=by_name)
-def test_an_example_is_what_its_docstring_draws(cell):
+def test_an_example_matches_its_docstring(cell):
     if cell.name not in DRAWN:
         assert cell.make_example in encoder_only.TASKS.values()
         return
@@ -293,7 +293,7 @@ def test_one_pass_naming_has_targets_at_masks_only_and_their_number_leaks_nothin
     assert [VOCABULARY[i] for i in example["targets"][-10:]] == [*number_to_words(777_777), "<SEP>"]
 
 
-def test_an_encoder_takes_a_batch_with_targets_as_it_stands(untrained):
+def test_an_encoder_does_not_mask_a_batch_that_has_targets(untrained):
     batch = toy_dataset.pad_batch([compare.one_pass_example(number) for number in (7, 342)])
     seen = []
     model = untrained(BY_NAME["encoder-only, transform"])
@@ -303,7 +303,7 @@ def test_an_encoder_takes_a_batch_with_targets_as_it_stands(untrained):
 
 
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name not in GENERATE])
-def test_answers_in_a_batch_are_the_answers_one_by_one(name, untrained):
+def test_answers_in_a_batch_equal_those_one_by_one(name, untrained):
     cell, numbers = BY_NAME[name], [100, 90_210, 342, 777_777]
     model = untrained(cell)
     assert cell.answer(model, numbers) == [cell.answer(model, [number])[0] for number in numbers]
@@ -315,7 +315,7 @@ def test_a_model_that_has_memorized_a_few_numbers_answers_them_correctly(name):
     cell, numbers = BY_NAME[name], [100, 342, 7001, 90_210]
     model = overfit(cell, numbers, num_steps=120)
     found = compare.score(cell.answer(model, numbers), [" ".join(cell.truth(number)) for number in numbers])
-    # While reading, all four begin with another digit, so that even a causal tagger can memorize them.
+    # All four begin with a different digit, so that even the causal tagger can memorize their labels.
     assert found["sequence_accuracy"] == found["token_accuracy"] == 1.0
 
 
@@ -331,7 +331,7 @@ def test_unconditional_samples_differ_and_follow_the_seed(name, untrained):
     assert len(set(texts[0])) > 4
 
 
-def test_filled_texts_have_no_mask_left_and_lengths_of_training_numbers(untrained):
+def test_filled_texts_have_no_masks_and_the_lengths_of_training_numbers(untrained):
     torch.manual_seed(0)
     shapes = {(len(str(n)), len(number_to_words(n))) for n in toy_dataset.make_splits().train}
     drawn = set()
@@ -390,7 +390,7 @@ def test_a_strategy_applies_what_its_name_says_to_naming_and_to_sampling(strateg
 # --- measuring ---
 
 
-def test_accuracy_is_of_whole_answers_of_tokens_and_of_tokens_by_position():
+def test_accuracy_is_measured_per_answer_per_token_and_by_position():
     found = compare.score(["two one zero", "one", "zero zero two"], ["two one zero", "one zero", "one zero"])
     assert found["sequence_accuracy"] == pytest.approx(1 / 3)
     assert found["token_accuracy"] == pytest.approx(5 / 7)  # 3 of 3, 1 of 2 (too short), 1 of 2
@@ -422,7 +422,7 @@ def test_forward_passes_are_counted_per_answer(untrained, monkeypatch):
         assert row["forward_passes"] == pytest.approx(sum(min(n + 1, compare.LONGEST) + more for n in tokens) / 3)
 
 
-def test_samples_are_decided_by_the_seed_wherever_they_are_measured(untrained, monkeypatch):
+def test_samples_depend_on_the_seed_alone_wherever_they_are_measured(untrained, monkeypatch):
     monkeypatch.setattr(compare, "NUM_SAMPLES", 40)
     monkeypatch.setattr(compare, "time_interleaved", lambda calls: dict.fromkeys(calls, 1.0))
     cell, passes, scores = BY_NAME["encoder-only, generate"], [], []
@@ -437,7 +437,7 @@ def test_samples_are_decided_by_the_seed_wherever_they_are_measured(untrained, m
     assert compare.measure_cell(cell, model, seed=1) != scores[0]
 
 
-def test_the_wall_compares_shares_of_digits(monkeypatch):
+def test_the_wall_compares_accuracies_per_digit(monkeypatch):
     monkeypatch.setattr(compare, "held_out_numbers", lambda count: [7, 34, 342])
     entries = [{"architecture": cell.module.__name__, "task": cell.task, "sequence_accuracy": 0.0,
                 "token_accuracy": i / 10, "by_position": [i / 10]} for i, cell in enumerate(ALL_CELLS)]
@@ -532,7 +532,7 @@ def test_a_history_is_thinned_out_to_means_and_keeps_every_evaluation():
     assert [point.get("exact_match") for point in points] == [None, 0.5, None, 1.0]
 
 
-def test_several_seeds_give_their_mean_and_each_single_value():
+def test_several_seeds_give_their_mean_and_the_individual_values():
     runs = [{"sequence_accuracy": share, "by_position": [share, 1.0]} for share in (0.5, 1.0)]
     assert compare.summarize(runs) == {
         "sequence_accuracy": 0.75, "by_position": [0.75, 1.0],
@@ -540,7 +540,7 @@ def test_several_seeds_give_their_mean_and_each_single_value():
 
 
 @pytest.mark.parametrize("name", ["encoder-only, understand", "decoder-only, transform", "encoder-decoder, transform"])
-def test_components_hold_every_parameter_once(name, untrained):
+def test_each_parameter_belongs_to_exactly_one_component(name, untrained):
     model = untrained(BY_NAME[name])
     counts = compare.count_parameters(model)
     assert sum(counts.values()) == sum(parameter.numel() for parameter in model.parameters())
@@ -578,7 +578,7 @@ def test_the_best_choice_is_the_fastest_of_the_equally_accurate(choices, verdict
 
 
 def findings(understand=(1.0, 1.0, 1.0, 1.0), gain=0.0) -> dict:
-    """Invented measurements, in the form of compare()'s."""
+    """Made-up measurements, in the form that compare() returns."""
     def entry(cell, accuracy):
         return {"name": cell.name, "architecture": cell.module.__name__, "task": cell.task, "ms_per_answer": 1.0,
                 "by_seed": {"sequence_accuracy": [accuracy, accuracy]}, "parameters": 1 + len(cell.module.__name__)}
@@ -697,7 +697,7 @@ def test_constants_survive_the_file_and_other_numbers_keep_five_digits(monkeypat
     assert list(tmp_path.iterdir()) == [compare.COMPARISON]
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence_before_any_training(tmp_path):
+def test_an_unwritable_folder_gives_one_sentence_before_any_training(tmp_path):
     folder = copy_of_the_repository(tmp_path)
     (folder / "figures").write_text("a file, where the folder should be")
     start = time.perf_counter()

@@ -17,7 +17,7 @@ def text_of(number):
     return torch.tensor([toy_dataset.decoder_only_example(number)["ids"]])
 
 
-# --- what may look at what ---
+# --- which positions may attend to which ---
 
 
 def test_changing_a_token_leaves_all_earlier_outputs_exactly_as_they_were():
@@ -31,7 +31,7 @@ def test_changing_a_token_leaves_all_earlier_outputs_exactly_as_they_were():
         assert (after[0, t:] != before[0, t:]).any(dim=-1).all()
 
 
-def test_the_gradient_of_an_output_by_a_later_input_is_exactly_zero():
+def test_the_gradient_with_respect_to_a_later_input_is_exactly_zero():
     model, ids = tiny(gpt), text_of(342)
     x = model.embed(ids, torch.arange(ids.size(1))).detach().requires_grad_()
     model.embed = lambda *_: x
@@ -39,8 +39,8 @@ def test_the_gradient_of_an_output_by_a_later_input_is_exactly_zero():
     assert (gradient[0, 4:] == 0).all() and (gradient[0, :4] != 0).any(dim=-1).all()
 
 
-def test_without_positions_one_layer_cannot_tell_the_order_of_what_came_before_and_with_them_it_can():
-    """One layer: a second could tell by what the causal mask let each position of the first see."""
+def test_one_layer_depends_on_the_order_of_earlier_tokens_only_with_positions():
+    """One layer only: a second one could infer the order from the first one's outputs, thanks to the causal mask."""
     model, ids = tiny(gpt, num_layers=1), text_of(90210)
     shuffled = ids[:, [3, 1, 4, 2, 0, *range(5, ids.size(1))]]
     assert not torch.allclose(model(shuffled)[:, -1], model(ids)[:, -1], atol=1e-3)
@@ -68,7 +68,7 @@ def test_padding_on_either_side_changes_no_real_position(side):
 
 
 @pytest.mark.parametrize("pad", [0, 3])
-def test_cached_logits_are_the_recomputed_ones_at_every_step(pad):
+def test_cached_logits_equal_recomputed_logits_at_every_step(pad):
     model = tiny(gpt)
     ids = torch.cat([torch.full((1, pad), PAD_ID, dtype=torch.long), text_of(90210)], dim=1)
     cache, first = model.new_cache(), pad + 4
@@ -79,7 +79,7 @@ def test_cached_logits_are_the_recomputed_ones_at_every_step(pad):
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0.0), dict(temperature=1.0), dict(temperature=1.0, top_p=0.8)])
-def test_generation_with_the_cache_gives_the_tokens_that_recomputing_gives(trained_decoder, settings):
+def test_generation_gives_the_same_tokens_with_and_without_the_cache(trained_decoder, settings):
     texts = [gpt.generate(trained_decoder, PROMPTS, use_cache=use_cache, generator=torch.Generator().manual_seed(1),
                           **settings) for use_cache in (True, False)]
     assert texts[0].equal(texts[1])
@@ -96,7 +96,7 @@ def test_each_token_costs_one_forward_pass_of_one_position_and_the_last_one_none
 # --- generation ---
 
 
-def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(trained_decoder):
+def test_prompts_of_different_lengths_continue_in_one_batch_as_they_do_alone(trained_decoder):
     together = gpt.generate(trained_decoder, PROMPTS)
     for prompt, row in zip(PROMPTS, together):
         alone = gpt.generate(trained_decoder, [prompt])[0]
@@ -109,7 +109,7 @@ def test_top_k_1_and_tiny_top_p_are_greedy(trained_decoder):
     assert gpt.generate(trained_decoder, PROMPTS, temperature=1.0, top_p=1e-6).equal(greedy)
 
 
-def test_after_the_end_there_is_only_padding_and_the_limit_holds(trained_decoder):
+def test_only_padding_follows_eos_and_the_limit_holds(trained_decoder):
     new = gpt.generate(trained_decoder, [[SOS_ID]] * 50, max_new_tokens=12, temperature=1.0)
     assert new.size(1) <= 12
     for row in new.tolist():
@@ -132,8 +132,8 @@ def words_of(new):
     return [toy_dataset.to_tokens(row) for row in new.tolist()]
 
 
-def test_generation_goes_on_until_the_last_token_that_max_length_allows():
-    """Eight positions can be read. What comes after the eighth can be written still: nobody reads it."""
+def test_generation_continues_to_the_last_token_that_max_length_allows():
+    """The model reads up to eight positions. A token after the eighth can still be generated: it is never fed back."""
     prompt = gpt.to_ids(["<SOS>", "7", "<SEP>"])
     assert gpt.generate(always({"one": 1.0}), [prompt], max_new_tokens=50).size(1) == 6
     real, longer = tiny(gpt, max_length=8), tiny(gpt, max_length=30)  # the same weights
@@ -145,14 +145,14 @@ def test_generation_goes_on_until_the_last_token_that_max_length_allows():
         gpt.generate(real, [[SOS_ID] * 9])
 
 
-def test_padding_is_never_written_however_likely_it_is():
+def test_padding_is_never_generated_however_likely_it_is():
     model = always({"<PAD>": 9.0, "two": 2.0, "one": 1.0})
     assert words_of(gpt.generate(model, [[SOS_ID]], 3)) == [["two"] * 3]
     new = gpt.generate(model, [[SOS_ID]] * 50, 3, temperature=1.0, generator=torch.Generator().manual_seed(0))
     assert {word for row in words_of(new) for word in row} == {"one", "two"} and PAD_ID not in new
 
 
-def test_generation_ends_with_the_last_text_that_is_not_done_yet():
+def test_generation_stops_once_every_text_has_ended():
     model = always({"<EOS>": 2.0, "one": 2.0})
     new = gpt.generate(model, [[SOS_ID]] * 30, 6, temperature=1.0, generator=torch.Generator().manual_seed(0))
     lengths = (new != PAD_ID).sum(dim=1)
@@ -160,7 +160,7 @@ def test_generation_ends_with_the_last_text_that_is_not_done_yet():
     assert gpt.generate(always({"<EOS>": 1.0}), [[SOS_ID]] * 3, 6).size(1) == 1
 
 
-def test_a_repetition_penalty_counts_what_was_generated_all_of_it_and_not_the_prompt():
+def test_a_repetition_penalty_applies_to_all_generated_tokens_and_not_to_the_prompt():
     model, prompt = always({"one": 2.0, "two": 1.8, "six": 1.7}), gpt.to_ids(["<SOS>", "one"])
     expected = {1.0: "one one one one", 1.01: "one one one one", 1.5: "one two six one", 0.5: "one one one one"}
     for penalty, text in expected.items():
@@ -174,7 +174,7 @@ def test_a_generator_makes_sampling_repeatable_and_leaves_the_global_one_alone(t
     assert first.equal(second) and torch.get_rng_state().equal(state)
 
 
-def test_generation_is_without_dropout_and_puts_the_mode_back():
+def test_generation_disables_dropout_and_restores_the_mode():
     model = tiny(gpt, dropout=0.5)
     for training in (True, False):
         model.train(training)
@@ -185,13 +185,13 @@ def test_generation_is_without_dropout_and_puts_the_mode_back():
 @pytest.mark.parametrize("settings, name", [
     (dict(temperature=-1), "temperature"), (dict(top_k=0), "top_k"), (dict(top_p=0.0), "top_p"),
     (dict(top_p=1.5), "top_p"), (dict(repetition_penalty=0), "repetition"), (dict(max_new_tokens=0), "max_new")])
-def test_settings_that_mean_nothing_are_refused(settings, name):
+def test_invalid_settings_are_refused(settings, name):
     with pytest.raises(ValueError, match=f"(?i){name}"):
         gpt.generate(tiny(gpt), PROMPTS, **settings)
 
 
 @pytest.mark.parametrize("prompts", [[], [[]]])
-def test_there_must_be_something_to_continue(prompts):
+def test_an_empty_prompt_is_refused(prompts):
     with pytest.raises(InputError, match="prompt"):
         gpt.generate(tiny(gpt), prompts)
 
@@ -214,8 +214,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p, kept):
     assert survivors[0].nonzero().flatten().tolist() == sorted(order[:kept])
 
 
-def test_a_top_p_of_one_keeps_even_what_is_too_unlikely_for_a_sum_in_float32():
-    logits = torch.tensor([[40.0, 0.0, -3.0]])  # the first has probability 1 but for rounding
+def test_a_top_p_of_1_keeps_even_tokens_that_are_lost_in_a_float32_sum():
+    logits = torch.tensor([[40.0, 0.0, -3.0]])  # the first has probability 1 up to rounding
     assert gpt.keep_top_p(logits, 1.0).equal(logits) and (gpt.keep_top_p(logits, 0.99) > -torch.inf).sum() == 1
 
 
@@ -243,14 +243,14 @@ def test_temperature_comes_before_top_p():
 
 
 def test_top_p_counts_the_probability_that_top_k_left():
-    """Of 0.4, 0.3, 0.2, 0.1 the best two have 0.57 and 0.43 of the rest: the first alone reaches 0.55."""
+    """Of 0.4, 0.3, 0.2, 0.1, top-k 2 leaves two, renormalized to 0.57 and 0.43: the first alone reaches 0.55."""
     assert drawn([0.4, 0.3, 0.2, 0.1], top_p=0.55) == {0, 1}
     assert drawn([0.4, 0.3, 0.2, 0.1], top_k=2) == {0, 1}
     assert drawn([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.55) == {0}
     assert drawn([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.9) == {0, 1}
 
 
-def test_generation_draws_as_its_settings_say():
+def test_generation_applies_its_sampling_settings():
     model = always({"one": 3.0, "two": 2.0, "six": 1.0})
 
     def written(**settings):
@@ -269,7 +269,7 @@ def test_temperature_sharpens_and_flattens_and_one_changes_nothing():
     assert gpt.scale_by_temperature(logits, 1.0).equal(logits)
 
 
-def test_repetition_penalty_moves_written_tokens_down_whatever_their_sign():
+def test_repetition_penalty_lowers_generated_tokens_whatever_their_sign():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
     assert gpt.penalize_repetition(logits, torch.tensor([[0, 1]]), 2.0).tolist() == [[1.0, -4.0, 1.0]]
     assert gpt.penalize_repetition(logits, torch.tensor([[0, 1]]), 1.0).equal(logits)
@@ -284,7 +284,7 @@ def test_sampling_follows_the_probabilities():
 # --- evaluation ---
 
 
-def test_exact_match_is_that_of_really_generating_greedily(trained_decoder):
+def test_teacher_forced_exact_match_equals_that_of_greedy_generation(trained_decoder):
     numbers = toy_dataset.make_splits().test[:300]
     loader = toy_dataset.DataLoader(toy_dataset.NumberDataset(numbers, toy_dataset.decoder_only_example), 100,
                                     collate_fn=toy_dataset.pad_batch)
@@ -296,7 +296,7 @@ def test_exact_match_is_that_of_really_generating_greedily(trained_decoder):
     assert found["exact_match"] == pytest.approx(1 - len(wrong) / 300)
 
 
-def test_a_free_text_counts_only_if_its_words_name_its_digits():
+def test_an_unconditional_sample_is_valid_only_if_its_words_name_its_digits():
     def read(text):
         return gpt.read_text(torch.tensor(toy_dataset.to_ids(text.split())))
 
@@ -306,7 +306,7 @@ def test_a_free_text_counts_only_if_its_words_name_its_digits():
         assert read(text) is None
 
 
-def test_the_floor_is_what_the_digits_cost_who_knows_how_numbers_are_drawn(monkeypatch):
+def test_the_loss_of_an_ideal_model_follows_from_how_numbers_are_drawn(monkeypatch):
     dataset = toy_dataset.NumberDataset([7, 342], toy_dataset.decoder_only_example)
     lengths = [len(str(number)) for number in toy_dataset.make_splits().train]
     one, three = (lengths.count(n) / len(lengths) for n in (1, 3))  # of the numbers that have 1 or 3 digits
@@ -317,7 +317,7 @@ def test_the_floor_is_what_the_digits_cost_who_knows_how_numbers_are_drawn(monke
     assert gpt.describe_floor(dataset).startswith("0 ")
 
 
-def test_no_target_lies_in_the_prompt_when_its_loss_is_switched_off():
+def test_without_loss_on_the_prompt_no_target_lies_in_it():
     batch = next(iter(gpt.create_dataloaders(16, 0, loss_on_prompt=False).train))
     for ids, targets in zip(batch["ids"], batch["targets"]):
         assert (targets[: ids.tolist().index(SEP_ID)] == toy_dataset.IGNORE).all()

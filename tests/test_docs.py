@@ -1,4 +1,4 @@
-"""docs/*.md name nothing that is not there, and the examples in them give what is printed beside them."""
+"""Everything that docs/*.md name exists, and their examples print what is shown beside them."""
 
 import ast
 import doctest
@@ -83,7 +83,7 @@ def test_every_constant_in_backticks_is_defined_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_command_runs_a_script_that_exists_and_breaks_that_the_lab_has(page):
+def test_every_command_names_an_existing_script_and_existing_bugs(page):
     commands = [line.strip() for line in re.findall(r"`((?:python|torchrun|diff) [^`]*)`", prose(PAGES[page]))]
     breaks = re.findall(r'Break\("([^"]*)"', (ROOT / "tests" / "break_it.py").read_text(encoding="utf-8"))
     scripts = {script for command in commands for script in re.findall(r"[\w/]+\.py\b", command)}
@@ -103,7 +103,7 @@ def test_sources_have_well_formed_permanent_addresses(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_examples_give_what_is_printed_beside_them(page):
+def test_the_examples_print_what_is_shown_beside_them(page):
     text = re.sub(r"^```.*$", "", PAGES[page], flags=re.MULTILINE)  # a closing fence would count as expected output
     runner = doctest.DocTestRunner(verbose=False)
     runner.run(doctest.DocTestParser().get_doctest(text, {}, page, page, 0))
@@ -115,7 +115,7 @@ def test_the_contents_list_every_question_in_order():
     assert re.findall(r"^- \[(.*)\]\(#", contents, re.MULTILINE) == list(answers())
 
 
-def test_there_are_questions_enough_on_every_topic():
+def test_every_topic_has_enough_questions():
     topics = re.findall(r"^## (.*)$", QUESTIONS, re.MULTILINE)[1:]
     chapters = re.split(r"^## ", QUESTIONS, flags=re.MULTILINE)[2:]
     assert {"Attention", "Positions", "Masks", "Training", "Architectures", "Decoding", "Memory and speed",

@@ -25,10 +25,10 @@ def strip(ids):
     return [i for i in ids.tolist() if i != PAD_ID]
 
 
-# --- what may look at what ---
+# --- which positions may attend to which ---
 
 
-def test_every_output_sees_the_whole_source_and_no_later_target():
+def test_every_output_depends_on_the_whole_source_and_no_later_target():
     model = tiny(t5)
     source, target = torch.tensor([t5.make_source(90210)]), torch.tensor([[SOS_ID, 30, 31, 32]])
     before = model(source, target)
@@ -42,7 +42,7 @@ def test_every_output_sees_the_whole_source_and_no_later_target():
         assert model(source, changed)[0, :t].equal(before[0, :t])
 
 
-def test_without_positions_the_order_of_the_source_is_lost_and_with_them_it_counts():
+def test_the_order_of_the_source_matters_only_with_positions():
     model, target = tiny(t5), torch.tensor([[SOS_ID, 30, 31, 32]])
     source = torch.tensor([t5.make_source(90210)])
     shuffled = source[:, [3, 1, 5, 2, 0, 4]]
@@ -51,7 +51,7 @@ def test_without_positions_the_order_of_the_source_is_lost_and_with_them_it_coun
     torch.testing.assert_close(model(shuffled, target), model(source, target), atol=1e-5, rtol=1e-5)
 
 
-def test_one_layer_knows_the_order_of_what_it_wrote_by_positions_alone():
+def test_the_order_of_the_target_matters_to_one_layer_only_with_positions():
     model, source = tiny(t5, num_layers=1), torch.tensor([t5.make_source(90210)])
     memory = model.encode(source)
     one, other = torch.tensor([[SOS_ID, 30, 31, 32]]), torch.tensor([[SOS_ID, 31, 30, 32]])
@@ -64,7 +64,7 @@ def test_one_layer_knows_the_order_of_what_it_wrote_by_positions_alone():
     torch.testing.assert_close(last(one), last(other), atol=1e-5, rtol=1e-5)
 
 
-def test_what_stands_in_the_sources_padding_changes_nothing():
+def test_the_content_of_source_padding_changes_nothing():
     model, target = tiny(t5), torch.tensor([[SOS_ID, 30, 31]])
     source = torch.tensor([t5.make_source(342)])
     padded = torch.cat([source, torch.full((1, 3), PAD_ID)], dim=1)
@@ -75,7 +75,7 @@ def test_what_stands_in_the_sources_padding_changes_nothing():
     assert model.decode(target, scrambled, padded).equal(model.decode(target, memory, padded))
 
 
-def test_cached_logits_are_the_recomputed_ones_at_every_step():
+def test_cached_logits_equal_recomputed_logits_at_every_step():
     model, source = tiny(t5), torch.tensor([t5.make_source(90210)])
     target, memory, cache = torch.tensor([[SOS_ID, 30, 31, 32, 33]]), model.encode(source), model.new_cache()
     for length in range(1, 6):
@@ -89,13 +89,13 @@ def test_cached_logits_are_the_recomputed_ones_at_every_step():
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0.0), dict(temperature=1.0)])
-def test_generation_with_the_cache_gives_the_tokens_that_recomputing_gives(trained_encoder_decoder, settings):
+def test_generation_gives_the_same_tokens_with_and_without_the_cache(trained_encoder_decoder, settings):
     texts = [t5.generate(trained_encoder_decoder, SOURCES, use_cache=use_cache,
                          generator=torch.Generator().manual_seed(1), **settings) for use_cache in (True, False)]
     assert texts[0].equal(texts[1])
 
 
-def test_sources_of_different_lengths_in_one_batch_give_what_they_give_alone(trained_encoder_decoder):
+def test_sources_of_different_lengths_give_the_same_targets_in_one_batch_as_alone(trained_encoder_decoder):
     together = t5.generate(trained_encoder_decoder, SOURCES)
     for source, row in zip(SOURCES, together):
         assert strip(row) == strip(t5.generate(trained_encoder_decoder, [source])[0])
@@ -108,14 +108,14 @@ def test_greedy_top_k_1_and_a_beam_of_width_1_are_the_same(trained_encoder_decod
     for penalty in (0.0, 1.0, 2.0):
         beam = t5.beam_search(trained_encoder_decoder, sources, 1, penalty)[0][:, 0]
         assert [strip(row) for row in beam] == [strip(row) for row in greedy] == [strip(row) for row in top_1]
-    for seed in range(20):  # in untrained ones the end is often near, and must not be taken before it is the likeliest
+    for seed in range(20):  # untrained ones rate <EOS> highly; it must wait until it is the most likely
         model = tiny(t5, seed)
         greedy = t5.generate(model, SOURCES, 8, temperature=0.0)
         beam = t5.beam_search(model, SOURCES, 1, 0.0, 8)[0][:, 0]
         assert [strip(row) for row in beam] == [strip(row) for row in greedy]
 
 
-def test_after_the_end_there_is_only_padding_and_the_limit_holds():
+def test_only_padding_follows_eos_and_the_limit_holds():
     model = tiny(t5)
     sampled = t5.generate(model, SOURCES * 10, 6, temperature=1.0)
     for ids in (sampled, t5.beam_search(model, SOURCES, 4, 1.0, 6)[0].flatten(0, 1)):
@@ -125,8 +125,8 @@ def test_after_the_end_there_is_only_padding_and_the_limit_holds():
                 assert set(row[row.index(EOS_ID) + 1:]) <= {PAD_ID}
 
 
-def test_decoding_goes_on_until_the_last_token_that_max_length_allows():
-    """MAX_LENGTH positions can be read, <SOS> among them, and each is followed by a token: as many may be written."""
+def test_decoding_continues_to_the_last_token_that_max_length_allows():
+    """The decoder reads up to MAX_LENGTH positions, <SOS> included, and predicts a token at each of them."""
     short, longer = tiny(t5, max_length=6), tiny(t5, max_length=30)  # the same weights
     sources = [t5.make_source(number) for number in range(50, 90)]
     sampled = [t5.generate(model, sources, limit, temperature=2.0, generator=torch.Generator().manual_seed(0))
@@ -136,7 +136,7 @@ def test_decoding_goes_on_until_the_last_token_that_max_length_allows():
     assert sampled[0].size(-1) == 6 == beams[0].size(-1)
 
 
-def test_padding_is_never_written_however_likely_it_is():
+def test_padding_is_never_generated_however_likely_it_is():
     model = tiny(t5)
     decode, scores = model.decode, []
 
@@ -160,7 +160,7 @@ def test_a_generator_leaves_the_global_random_state_alone(trained_encoder_decode
     assert torch.get_rng_state().equal(state)
 
 
-def test_decoding_is_without_dropout_and_puts_the_mode_back():
+def test_decoding_disables_dropout_and_restores_the_mode():
     model = tiny(t5, dropout=0.5)
     for training in (True, False):
         model.train(training)
@@ -187,7 +187,7 @@ def test_a_beam_as_wide_as_all_hypotheses_finds_what_exhaustive_search_finds(len
     found, scores = t5.beam_search(model, [source], len(everything), length_penalty, max_new_tokens=2)
     assert strip(found[0, 0]) == list(everything[0][1])
     assert scores[0].tolist() == pytest.approx([value for value, _ in everything], abs=1e-4)
-    # Each hypothesis once, and nothing else: no text that goes on after its end, none with padding for a word.
+    # Each hypothesis once, and nothing else: no text that continues after <EOS>, none that contains padding.
     assert sorted(tuple(strip(ids)) for ids in found[0]) == sorted(text for _, text in everything)
 
 
@@ -206,7 +206,7 @@ def test_reported_scores_are_the_recomputed_ones_best_first(trained_encoder_deco
     assert checked > 8
 
 
-def test_beam_search_of_a_batch_gives_what_its_members_give_alone(trained_encoder_decoder):
+def test_beam_search_of_a_batch_equals_that_of_its_members_alone(trained_encoder_decoder):
     texts, scores = t5.beam_search(trained_encoder_decoder, SOURCES, 3)
     for i, source in enumerate(SOURCES):
         alone, alone_scores = t5.beam_search(trained_encoder_decoder, [source], 3)
@@ -220,7 +220,7 @@ def test_a_beam_never_finds_a_less_likely_text_than_greedy_decoding(trained_enco
     _, scores = t5.beam_search(trained_encoder_decoder, sources, 5, 0.0)
     better = [score(trained_encoder_decoder, source, strip(ids), 0.0) - 1e-4 <= value
               for source, ids, value in zip(sources, greedy, scores[:, 0].tolist())]
-    assert sum(better) >= 0.95 * len(better)  # it prunes, so it need not always; it nearly always does
+    assert sum(better) >= 0.95 * len(better)  # it prunes, so it may do worse, but rarely does
 
 
 def test_a_higher_length_penalty_favors_longer_texts(trained_encoder_decoder):
@@ -233,18 +233,18 @@ def test_a_higher_length_penalty_favors_longer_texts(trained_encoder_decoder):
 @pytest.mark.parametrize("settings, name", [
     (dict(beam_width=0), "BEAM_WIDTH"), (dict(length_penalty=-1), "LENGTH_PENALTY"),
     (dict(max_new_tokens=0), "max_new_tokens")])
-def test_settings_that_mean_nothing_are_refused(settings, name):
+def test_invalid_settings_are_refused(settings, name):
     with pytest.raises(ValueError, match=f"(?i){name}"):
         t5.beam_search(tiny(t5), SOURCES, **settings)
 
 
 @pytest.mark.parametrize("sources", [[], [[]]])
-def test_there_must_be_something_to_read(sources):
+def test_an_empty_source_is_refused(sources):
     with pytest.raises(InputError, match="source"):
         t5.generate(tiny(t5), sources)
 
 
-def test_exact_match_is_that_of_really_generating_greedily(trained_encoder_decoder):
+def test_teacher_forced_exact_match_equals_that_of_greedy_generation(trained_encoder_decoder):
     numbers = toy_dataset.make_splits().test[:300]
     loader = toy_dataset.DataLoader(toy_dataset.NumberDataset(numbers, toy_dataset.encoder_decoder_example), 100,
                                     collate_fn=toy_dataset.pad_batch)
@@ -272,7 +272,7 @@ def test_the_cross_attention_map_is_the_mean_of_all_layers_and_heads(trained_enc
     torch.testing.assert_close(t5.cross_attention(model, 342), mean)
 
 
-def test_the_drawn_alignment_of_a_model_that_looks_at_the_right_digits_is_100_percent(monkeypatch, capsys):
+def test_attention_on_the_aligned_digits_alone_is_shown_as_100_percent(monkeypatch, capsys):
     weights = torch.zeros(4, 5)  # one, thousand, ten, <EOS> x 1, 0, 1, 0, <EOS>
     for row, digits in zip(weights, [*toy_dataset.align(1010), {4}]):
         row[list(digits)] = 1 / len(digits)

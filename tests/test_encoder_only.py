@@ -21,7 +21,7 @@ def text_of(number):
     return torch.tensor([toy_dataset.masked_lm_example(number)["ids"]])
 
 
-# --- what may look at what ---
+# --- which positions may attend to which ---
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -35,14 +35,14 @@ def test_changing_any_token_changes_every_output(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_padding_changes_no_real_output_pooled_ones_included(task):
+def test_padding_changes_no_real_output_and_no_pooled_output(task):
     model, ids = tiny(bert, task=task), text_of(342)
     padded = torch.cat([ids, torch.full((1, 5), PAD_ID)], dim=1)
     expected = model(ids)
     torch.testing.assert_close(model(padded)[:, : expected.size(1)], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_without_positions_a_permuted_input_gives_the_permuted_output_and_with_them_not():
+def test_permuting_the_input_permutes_the_output_only_without_positions():
     model, ids = tiny(bert), text_of(90210)
     order = torch.randperm(ids.size(1), generator=torch.Generator().manual_seed(0))
     assert not torch.allclose(model(ids[:, order]), model(ids)[:, order], atol=1e-3)
@@ -50,7 +50,7 @@ def test_without_positions_a_permuted_input_gives_the_permuted_output_and_with_t
     torch.testing.assert_close(model(ids[:, order]), model(ids)[:, order], atol=1e-5, rtol=1e-5)
 
 
-def test_attention_maps_have_a_map_for_each_layer_and_head():
+def test_there_is_an_attention_map_for_each_layer_and_head():
     maps = []
     tiny(bert)(text_of(342), attention_maps=maps)
     assert [tuple(m.shape) for m in maps] == [(1, 4, 10, 10)] * 2
@@ -59,7 +59,7 @@ def test_attention_maps_have_a_map_for_each_layer_and_head():
 # --- masking ---
 
 
-def test_of_the_hidden_tokens_80_percent_are_masked_10_random_and_10_left():
+def test_of_the_chosen_tokens_80_percent_are_masked_10_random_10_unchanged():
     ids = text_of(777777).expand(20000, -1)
     corrupted, targets = bert.mask_tokens(ids, torch.Generator().manual_seed(0))
     chosen = targets != IGNORE
@@ -71,7 +71,7 @@ def test_of_the_hidden_tokens_80_percent_are_masked_10_random_and_10_left():
     assert share[1].float().mean().item() == pytest.approx(0.1 * (1 - kept), abs=0.01)
 
 
-def test_special_tokens_are_never_hidden_and_only_what_was_hidden_is_asked_for():
+def test_special_tokens_are_never_chosen_and_only_chosen_tokens_are_targets():
     ids = toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in (7, 342, 777777)] * 100)["ids"]
     corrupted, targets = bert.mask_tokens(ids, torch.Generator().manual_seed(0))
     special = ids < len(SPECIAL_TOKENS)
@@ -82,7 +82,7 @@ def test_special_tokens_are_never_hidden_and_only_what_was_hidden_is_asked_for()
     assert ((corrupted[asked] == MASK_ID) | (corrupted[asked] >= len(SPECIAL_TOKENS))).all()
 
 
-def test_a_text_is_hidden_in_another_way_each_time_unless_a_generator_says_otherwise():
+def test_masking_differs_each_time_unless_a_generator_fixes_it():
     ids = text_of(777777).expand(50, -1)
     torch.manual_seed(0)
     assert not bert.mask_tokens(ids)[0].equal(bert.mask_tokens(ids)[0])
@@ -91,7 +91,7 @@ def test_a_text_is_hidden_in_another_way_each_time_unless_a_generator_says_other
     assert first.equal(second) and torch.get_rng_state().equal(state)
 
 
-def test_evaluation_hides_the_same_tokens_each_time(trained_encoder):
+def test_evaluation_masks_the_same_tokens_each_time(trained_encoder):
     loader = [toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in range(100, 400)])]
     found = bert.evaluate(trained_encoder, loader)
     assert found == bert.evaluate(trained_encoder, loader)
@@ -102,7 +102,7 @@ def test_evaluation_hides_the_same_tokens_each_time(trained_encoder):
 
 
 def enumerate_texts(num_digits, num_words):
-    """The texts of all numbers with so many digits and words: (N, T)."""
+    """The texts of all numbers with this many digits and words: (N, T)."""
     first = 10 ** (num_digits - 1) if num_digits > 1 else 0
     examples = [toy_dataset.masked_lm_example(number)["ids"] for number in range(first, 10**num_digits)]
     return torch.tensor([ids for ids in examples if len(ids) == num_digits + num_words + 3])
@@ -150,8 +150,8 @@ def test_the_sum_over_all_numbers_counts_them():
     assert sum(count(6, num_words) for num_words in range(3, 10)) == pytest.approx(900_000, rel=1e-4)
 
 
-def test_the_best_possible_predictor_is_as_often_right_as_it_expects_to_be():
-    """So it holds for the corruption that mask_tokens draws, masked tokens and others alike."""
+def test_the_best_possible_predictor_is_calibrated():
+    """Its confidence matches its accuracy on what mask_tokens draws, for masked targets and for visible ones."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randint(100_000, 1_000_000, (4000,), generator=generator).tolist()
     ids = toy_dataset.pad_batch([toy_dataset.masked_lm_example(number) for number in numbers])["ids"]
@@ -249,7 +249,7 @@ TEXTS = ["90210 <SEP> ninety <MASK> two hundred ten", "3 <MASK> 2 <SEP> three <M
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 10])
-def test_only_masks_are_filled_all_of_them_and_with_digits_and_words(trained_encoder, iterations):
+def test_all_masks_and_no_other_tokens_are_replaced_by_digits_or_words(trained_encoder, iterations):
     prompts = [bert.parse_text(text) for text in TEXTS]
     filled = bert.generate(trained_encoder, prompts, iterations)
     for prompt, ids in zip(prompts, filled.tolist()):
@@ -258,7 +258,7 @@ def test_only_masks_are_filled_all_of_them_and_with_digits_and_words(trained_enc
             assert after == before if before != MASK_ID else after >= len(SPECIAL_TOKENS)
 
 
-def test_one_round_takes_the_likeliest_token_at_each_mask(trained_encoder):
+def test_one_round_takes_the_most_likely_token_at_each_mask(trained_encoder):
     prompt = bert.parse_text(TEXTS[1])
     logits = trained_encoder(torch.tensor([prompt]))[0]
     logits[:, : len(SPECIAL_TOKENS)] = -torch.inf
@@ -266,7 +266,7 @@ def test_one_round_takes_the_likeliest_token_at_each_mask(trained_encoder):
     assert bert.generate(trained_encoder, [prompt], 1)[0].tolist() == expected
 
 
-def test_each_round_keeps_the_surest_and_hides_the_others_again(trained_encoder):
+def test_each_round_keeps_the_most_confident_and_remasks_the_others(trained_encoder):
     seen, forward = [], trained_encoder.encode
     trained_encoder.encode = lambda ids, maps: seen.append((ids == MASK_ID).sum().item()) or forward(ids, maps)
     bert.generate(trained_encoder, [bert.parse_text("777777 <SEP> " + "<MASK> " * 8)], 4)
@@ -274,19 +274,19 @@ def test_each_round_keeps_the_surest_and_hides_the_others_again(trained_encoder)
     assert seen == [8, 6, 4, 2]
 
 
-def test_texts_of_different_lengths_in_one_batch_are_filled_as_alone(trained_encoder):
+def test_texts_of_different_lengths_are_filled_in_one_batch_as_they_are_alone(trained_encoder):
     prompts = [bert.parse_text(text) for text in TEXTS]
     for prompt, ids in zip(prompts, bert.generate(trained_encoder, prompts, 3)):
         assert ids[: len(prompt)].tolist() == bert.generate(trained_encoder, [prompt], 3)[0].tolist()
 
 
-def test_filling_in_puts_the_mode_back():
+def test_filling_in_restores_the_mode():
     model = tiny(bert, dropout=0.5).train()
     bert.generate(model, [bert.parse_text(TEXTS[0])], 2)
     assert model.training
 
 
-def test_a_typed_text_becomes_what_the_model_was_trained_on():
+def test_a_typed_text_gets_the_form_that_the_model_was_trained_on():
     ids = bert.parse_text("342 <SEP> <MASK> hundred forty two")
     assert ids[:6] == [CLS_ID, *toy_dataset.to_ids("3 4 2 <SEP> <MASK>".split())]
     assert bert.parse_text("342 <SEP> three <MASK> forty two")[-1] == SEP_ID
@@ -301,7 +301,7 @@ def test_texts_that_cannot_be_filled_in_are_refused(text, message):
 
 
 @pytest.mark.parametrize("prompts, iterations", [([], 1), ([[]], 1), ([[MASK_ID]], 0)])
-def test_there_must_be_something_to_fill_in_and_a_round_to_do_it(prompts, iterations):
+def test_empty_prompts_and_less_than_one_round_are_refused(prompts, iterations):
     with pytest.raises(InputError):
         bert.generate(tiny(bert), prompts, iterations)
 
@@ -318,7 +318,7 @@ def rounds_of(model, prompts, iterations):
     return [state.clone() for state in [*read, filled]]  # clones: in inference mode tensors cannot be used again
 
 
-def test_what_is_filled_in_once_stays_and_is_the_likeliest_digit_or_word(trained_encoder):
+def test_a_filled_token_stays_and_is_the_most_likely_digit_or_word(trained_encoder):
     texts = ["777777 <SEP> " + "<MASK> " * 9, "<MASK> 2 <SEP> <MASK> two", TEXTS[1]]
     prompts = [bert.parse_text(text) for text in texts]
     states = rounds_of(trained_encoder, prompts, 4)
@@ -331,7 +331,7 @@ def test_what_is_filled_in_once_stays_and_is_the_likeliest_digit_or_word(trained
         assert after[filled].equal(logits.argmax(dim=-1)[filled])
 
 
-def test_of_a_rounds_predictions_the_least_sure_are_masked_again(trained_encoder):
+def test_the_least_confident_predictions_of_a_round_are_remasked(trained_encoder):
     prompts = [bert.parse_text(text) for text in ("777777 <SEP> " + "<MASK> " * 9, "342 <SEP> " + "<MASK> " * 4)]
     states = rounds_of(trained_encoder, prompts, 3)
     for before, after in zip(states, states[1:-1]):
@@ -356,7 +356,7 @@ def test_both_digits_and_words_may_be_filled_in_and_special_tokens_may_not():
             assert toy_dataset.to_tokens(filled) == [expected] * 3
 
 
-def test_mask_predict_is_without_dropout():
+def test_mask_predict_disables_dropout():
     model = tiny(bert, dropout=0.5).train()
     prompts = [bert.parse_text("777777 <SEP> " + "<MASK> " * 9)]
     assert bert.generate(model, prompts, 3).equal(bert.generate(model, prompts, 3))
@@ -370,7 +370,7 @@ def test_the_longest_text_that_fits_is_accepted_and_one_token_more_is_not(monkey
         bert.parse_text("1 <SEP> <MASK> <MASK> <MASK> <MASK> <MASK>")
 
 
-def test_what_was_filled_in_stands_in_brackets(monkeypatch):
+def test_filled_tokens_are_shown_in_brackets(monkeypatch):
     monkeypatch.setattr(bert, "generate", lambda model, prompts: torch.tensor(
         [bert.to_ids("<CLS> 3 4 2 <SEP> three hundred forty two <SEP>".split())]))
     filled = bert.fill_in(None, ["3 <MASK> 2 <SEP> three <MASK> forty two"])
@@ -380,7 +380,7 @@ def test_what_was_filled_in_stands_in_brackets(monkeypatch):
 # --- masking, pooling, evaluation, fine-tuning: what the rest of the file relies on ---
 
 
-def test_every_digit_and_word_is_masked_and_replaced_and_put_in_anothers_place_sometimes():
+def test_every_digit_and_word_is_sometimes_masked_replaced_or_a_replacement():
     """No token is spared and none is preferred: random ones are drawn from all digits and words."""
     everything = torch.arange(len(SPECIAL_TOKENS), len(VOCABULARY)).expand(4000, -1)
     corrupted, targets = bert.mask_tokens(everything, torch.Generator().manual_seed(0))
@@ -390,7 +390,7 @@ def test_every_digit_and_word_is_masked_and_replaced_and_put_in_anothers_place_s
     assert not others[: len(SPECIAL_TOKENS)].any() and others[len(SPECIAL_TOKENS):].min() > 20
 
 
-def test_training_masks_anew_each_time_and_targets_that_a_batch_brings_are_kept():
+def test_training_masks_anew_each_time_and_keeps_targets_given_in_a_batch():
     torch.manual_seed(0)
     model, batch = tiny(bert), toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in range(500, 600)])
     assert not bert.predict(model, batch)[1].equal(bert.predict(model, batch)[1])
@@ -399,8 +399,8 @@ def test_training_masks_anew_each_time_and_targets_that_a_batch_brings_are_kept(
     assert targets.equal(given["targets"]) and logits.equal(model(batch["ids"]))
 
 
-def test_the_masked_model_reads_the_masks_and_not_the_answers():
-    """If it read the text as it was, the token at its place would tell it everything."""
+def test_the_masked_lm_reads_the_masks_and_not_the_targets():
+    """If it read the original text, each target would be visible at its own position."""
     model, (text,) = tiny(bert), [toy_dataset.masked_lm_example(777777)]
     batch, read = toy_dataset.pad_batch([text] * 50), []
     model.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
@@ -410,7 +410,7 @@ def test_the_masked_model_reads_the_masks_and_not_the_answers():
 
 
 def test_the_pooled_vector_is_bounded():
-    """tanh, as in BERT: however large the pooler's weights, a logit is at most what the head makes of ones."""
+    """tanh, as in BERT: however large the pooler's weights, its outputs stay within -1 and 1, bounding the logits."""
     model = tiny(bert, task="counting")
     model.pooler.weight.data *= 1000
     head = model.head
@@ -419,7 +419,7 @@ def test_the_pooled_vector_is_bounded():
     assert (logits.abs() <= bound + 1e-4).all() and (logits.abs() > 0.1 * bound).any()
 
 
-def test_accuracy_counts_answers_and_exact_match_counts_texts_of_which_something_is_asked(trained_encoder):
+def test_accuracy_counts_targets_and_exact_match_counts_texts_with_targets(trained_encoder):
     loader = [toy_dataset.pad_batch([toy_dataset.masked_lm_example(n) for n in numbers])
               for numbers in (range(300), range(90000, 90100))]  # short ones often have no mask at all
     generator = torch.Generator().manual_seed(bert.SEED)
@@ -462,7 +462,7 @@ def test_an_answer_is_marked_wrong_if_and_only_if_it_is(monkeypatch, task, right
         assert bert.answer(tiny(bert, task=task), [342]) == [line]
 
 
-def test_a_masked_models_answer_asks_for_the_middle_word(monkeypatch):
+def test_a_masked_lms_answer_masks_the_middle_word(monkeypatch):
     asked, said = [], "3 4 2 <SEP> three hundred [ten] two"
     monkeypatch.setattr(bert, "fill_in", lambda model, texts: asked.extend(texts) or [said])
     line, = bert.answer(tiny(bert), [342])
@@ -471,13 +471,13 @@ def test_a_masked_models_answer_asks_for_the_middle_word(monkeypatch):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_answers_are_without_dropout_and_put_the_mode_back(task):
+def test_answering_disables_dropout_and_restores_the_mode(task):
     model = tiny(bert, task=task, dropout=0.5)
     expected = bert.answer(model.eval(), [342, 90210])
     assert bert.answer(model.train(), [342, 90210]) == expected and model.training
 
 
-def test_questions_are_answered_from_checkpoints_only_if_all_that_they_need_are_there(monkeypatch, tmp_path, capsys):
+def test_questions_are_answered_from_checkpoints_only_if_all_they_need_exist(monkeypatch, tmp_path, capsys):
     models = {task: tiny(bert, task=task) for task in TASKS}
     trained = []
     monkeypatch.setattr(bert, "CHECKPOINT", tmp_path / "model.pt")
@@ -495,7 +495,7 @@ def test_questions_are_answered_from_checkpoints_only_if_all_that_they_need_are_
     assert not trained and "342 -> " in capsys.readouterr().out
 
 
-def test_every_fine_tuning_starts_from_the_model_that_was_pretrained(monkeypatch, tmp_path):
+def test_every_fine_tuning_run_starts_from_the_pretrained_model(monkeypatch, tmp_path):
     started, model = [], tiny(bert)
     fine_tuned = {task: tiny(bert, task=task) for task in TASKS}
     monkeypatch.setattr(bert, "CHECKPOINT", tmp_path / "model.pt")

@@ -1,6 +1,6 @@
 """The exercises: every entry works, typical mistakes are caught and named, and nothing that a learner wrote is lost.
 
-That the original passes is what the rest of the suite says: an exercise is graded by a selection of it.
+That the original passes is not tested here: the tests that grade an exercise belong to the rest of the suite.
 """
 
 import ast
@@ -30,7 +30,7 @@ from course import EXERCISES  # noqa: E402
 from debug import BUGS  # noqa: E402
 
 CAUSAL = next(exercise for exercise in EXERCISES if exercise.name == "make_causal_mask")
-# Each mistake of debug.py, mended otherwise than in the original: text of the original -> another correct text.
+# Each bug of debug.py, fixed in a different way: text of the original -> another correct text.
 OTHERWISE = {
     "dropout left on": ("    model.eval()\n    loss_sum", "    model.train(False)\n    loss_sum"),
     "top-p drops the crossing token": ("before >= p", "~(before < p)"),
@@ -55,7 +55,7 @@ def empty_workbench(monkeypatch, tmp_path):
 
 
 def use_instead(patch, file, name, source) -> None:
-    """Let a function of an imported module run as it is written in source, wherever it has been imported to."""
+    """Replace a function of an imported module by the one in source, wherever it has been imported."""
     changed = ModuleType(file)
     changed.__file__ = str(ROOT / f"{file}.py")
     exec(compile(source, f"{file}.py", "exec"), changed.__dict__)
@@ -68,7 +68,7 @@ def use_instead(patch, file, name, source) -> None:
 
 
 def mended_otherwise(bug) -> str:
-    """The project's file with the function that a bug is planted in written in another correct way."""
+    """The project's file, with the function that holds the bug written in another correct way."""
     original, (old, new) = (ROOT / f"{bug.made.file}.py").read_text(encoding="utf-8"), OTHERWISE[bug.mistake]
     function = "".join(implement.function_lines(original, debug.function_of(bug.made)))
     assert function.count(old) == 1 and new != old
@@ -85,7 +85,7 @@ def variants():
     for exercise in EXERCISES:
         file, original = exercise.file.removesuffix(".py"), implement.original_of(exercise)
         sources = {None: implement.cut(original, exercise)}
-        with suppress(ValueError):  # a mistake that can no longer be made fails the test of its exercise, not of all
+        with suppress(ValueError):  # a mistake whose text is gone fails the test of its exercise, not all
             for mistake, change in exercise.mistakes.items():
                 sources[mistake] = implement.make_mistake(original, exercise, *change)
         for mistake, source in sources.items():
@@ -153,7 +153,7 @@ def test_an_exercise_is_the_source_without_one_body(exercise):
 
 
 @pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.name)
-def test_what_explains_an_exercise_is_there(exercise):
+def test_what_explains_an_exercise_exists(exercise):
     where, _, picture = exercise.see.partition("; ")
     file, heading = where.split(", ", 1)
     assert re.search(rf"^#+ {re.escape(heading)}$", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
@@ -184,7 +184,7 @@ def write(text) -> None:
     path.write_text("".join([*lines[:start], f"    {text}\n", *lines[end:]]))
 
 
-def test_an_exercise_from_its_start_to_its_end(capsys):
+def test_an_exercise_from_start_to_finish(capsys):
     assert "0 of " in run_main(implement, capsys)
     task = run_main(implement, capsys, "make_causal_mask")
     line = int(re.search(r"where +workbench/make_causal_mask/decoder_only\.py, line (\d+)", task)[1])
@@ -232,7 +232,7 @@ def test_code_that_cannot_run_gets_one_sentence_with_the_line(capsys, body, sent
     assert "\n" not in str(caught.value)
 
 
-def test_a_function_that_is_gone_and_a_loop_that_never_ends_are_told_apart(capsys, monkeypatch):
+def test_a_missing_function_and_an_endless_loop_are_told_apart(capsys, monkeypatch):
     run_main(implement, capsys, "2")
     path = implement.path_of(CAUSAL)
     path.write_text(path.read_text().replace("def make_causal_mask", "def make_mask"))
@@ -263,7 +263,7 @@ def test_a_copy_that_was_interrupted_is_not_taken_for_a_complete_one(capsys, mon
     assert "where " in run_main(implement, capsys, "2") and implement.path_of(CAUSAL).exists()
 
 
-def test_a_damaged_list_of_what_is_done_is_named():
+def test_a_damaged_progress_file_is_named():
     workbench.WORKBENCH.mkdir()
     (workbench.WORKBENCH / "progress.json").write_text("{")
     with pytest.raises(InputError, match=r"progress\.json is damaged"):
@@ -296,7 +296,7 @@ def printed(script) -> str:
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.mistake)
-def test_a_planted_mistake_shows_and_is_seen_and_two_ways_to_mend_it_are_accepted(bug, few_numbers, first_red):
+def test_a_planted_bug_has_a_symptom_fails_tests_and_can_be_fixed_in_two_ways(bug, few_numbers, first_red):
     assert bug.mistake not in bug.report + bug.script
     assert all(len(line) <= 96 for line in inspect.cleandoc(bug.script).splitlines())
     name, expected = debug.function_of(bug.made), printed(bug.script)
@@ -307,7 +307,7 @@ def test_a_planted_mistake_shows_and_is_seen_and_two_ways_to_mend_it_are_accepte
         assert (first_red[bug.mistake, what] is None) is (what == "mended")
 
 
-def test_a_bug_from_its_report_to_its_end(capsys):
+def test_a_bug_from_report_to_fix(capsys):
     with pytest.raises(InputError, match="no bug has been planted yet"):
         debug.main("check")
     bug = next(bug for bug in BUGS if bug.mistake == "padding counts in the loss")

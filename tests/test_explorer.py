@@ -108,7 +108,7 @@ def answer_of(page):
 
 
 def spoken(page, selector):
-    """What stands on some buttons, marks left out."""
+    """The text of some buttons, without their marks."""
     return page.eval_on_selector_all(selector, "elements => elements.map((element) => element.firstChild.textContent)")
 
 
@@ -338,7 +338,7 @@ def test_any_digit_or_word_becomes_a_hole_with_a_click_and_comes_back_with_anoth
     assert "8 numbers fit this text." in page.inner_text("#verdict")
     page.click("#prompt .token:nth-child(1)")
     assert "can't be masked" in page.inner_text("#message")
-    page.fill("#input", "342 <SEP> three hundred five")  # no number is called that
+    page.fill("#input", "342 <SEP> three hundred five")  # not the name of any number
     page.click("#prompt .token:nth-child(2)")
     assert "No number fits" in page.inner_text("#verdict")
 
@@ -358,7 +358,7 @@ def test_the_answer_is_stepped_through_and_played(models, visit):
     assert answer_of(page).split() == words and page.is_disabled("#step")
 
 
-def test_the_answer_stands_there_within_100_ms_of_typing_with_the_default_sizes(visit, default_html):
+def test_the_answer_appears_within_100_ms_of_typing_with_the_default_sizes(visit, default_html):
     page = visit("number=1", default_html)
     for name in NAMES:
         page.click(f"#model-{name}")
@@ -465,7 +465,7 @@ def test_a_head_switched_off_changes_the_answer_and_is_measured_on_held_out_numb
     wait_until(page, "!document.getElementById('measured').textContent.includes('not measured')")
     shares = page.evaluate("measured.decoder_only")
     assert shares == {"": pytest.approx(before), part: pytest.approx(after)}
-    assert any("of 400 answers" in note for note in page.evaluate("seen"))  # progress was to be seen
+    assert any("of 400 answers" in note for note in page.evaluate("seen"))  # progress was shown
     page.click("#all-on")
     assert answer_of(page) == python_answer(models["decoder_only"], 777777)
 
@@ -618,7 +618,7 @@ def test_the_address_opens_the_page_where_it_was_left(models, visit):
     assert answer_of(again) == python_answer(models["decoder_only"], 42)
 
 
-def test_an_address_that_makes_no_sense_opens_the_page_all_the_same(visit):
+def test_an_invalid_address_still_opens_the_page(visit):
     page = visit("model=mamba&number=342&view=&temperature=-1&top_k=x&top_p=7&seed=&off=everything&head=9.9&group=x")
     assert answer_of(page) and page.is_visible("#view-attention")
 
@@ -641,7 +641,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_bad_input_gets_one_line_and_the_page_goes_on(name, visit):
+def test_bad_input_gets_one_line_and_the_page_keeps_working(name, visit):
     page = visit(f"model={name}&number=342")
     for text, message in BAD_INPUT[name].items():
         page.fill("#input", text)

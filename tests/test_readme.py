@@ -1,4 +1,4 @@
-"""README.md names nothing that is not there: files, functions, constants, pictures, anchors."""
+"""Everything that README.md names exists: files, functions, constants, pictures, anchors."""
 
 import ast
 import re
@@ -73,7 +73,7 @@ def test_the_table_of_files_gives_their_true_length():
         assert int(lines) == len(SOURCES[name].splitlines()), name
 
 
-def test_it_is_read_in_half_an_hour():
+def test_it_can_be_read_in_half_an_hour():
     assert len(README.splitlines()) <= 450 and len(README.split()) <= 5000
 
 

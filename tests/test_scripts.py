@@ -51,7 +51,7 @@ def assert_one_sentence(done, status, *parts):
 
 
 def assert_plain(text):
-    """ASCII, and at most 100 columns, but for paths and for what a model wrote: an untrained one may say anything."""
+    """ASCII, and at most 100 columns, except for paths and generated text: an untrained model may generate anything."""
     assert text.isascii()
     assert [line for line in text.splitlines() if len(line) > 100 and not re.search(" -> |^Saved", line)] == []
 
@@ -62,7 +62,7 @@ def test_the_examples_in_the_docstrings_are_true(name):
     assert results.attempted > 3 and results.failed == 0
 
 
-def test_the_language_can_be_seen(tmp_path):
+def test_toy_dataset_prints_the_language(tmp_path):
     done = run(copy_of(tmp_path), "toy_dataset")
     assert done.returncode == 0 and done.stderr == ""
     assert "numbers in more than one split: 0" in done.stdout
@@ -70,8 +70,8 @@ def test_the_language_can_be_seen(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_alone_with_the_data_trains_shows_saves_and_then_answers(tmp_path, name):
-    """Also: an older checkpoint that no longer fits is kept, and a question to it gets a sentence."""
+def test_a_file_with_only_the_data_trains_shows_saves_and_then_answers(tmp_path, name):
+    """Also: an older checkpoint that no longer fits is kept, and using it to answer gives one sentence."""
     folder = copy_of(tmp_path, name)
     done = run(folder, name)
     assert done.returncode == 0, done.stderr
@@ -116,7 +116,7 @@ def test_scripts_without_arguments_say_so(tmp_path, name):
     ("decoder_only", {"LEARNING_RATE": 1000}, ["LEARNING_RATE = 1000"]),
     ("decoder_only", {"D_MODEL": "'128'"}, ["D_MODEL = '128'"]),
     ("encoder_decoder", {"MAX_LENGTH": 5}, ["MAX_LENGTH = 5"])])
-def test_constants_that_cannot_work_end_with_status_1_and_one_sentence(tmp_path, name, constants, parts):
+def test_invalid_constants_end_with_status_1_and_one_sentence(tmp_path, name, constants, parts):
     assert_one_sentence(run(copy_of(tmp_path, name, **constants), name), 1, *parts)
 
 
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_checkpoints_folder_that_cannot_be_made_is_named_before_training(tmp_path, name):
+def test_a_checkpoints_folder_that_cannot_be_created_is_named_before_training(tmp_path, name):
     folder = copy_of(tmp_path, name)
     (folder / "checkpoints").write_text("a file where a folder should be")
     done = run(folder, name)
@@ -137,7 +137,7 @@ def test_a_checkpoints_folder_that_cannot_be_made_is_named_before_training(tmp_p
     assert "step" not in done.stdout
 
 
-def test_quick_start_trains_all_three_and_sums_them_up(tmp_path):
+def test_quick_start_trains_all_three_and_prints_a_summary(tmp_path):
     folder = copy_of(tmp_path, *FILES, "quick_start")
     set_constants(folder / "quick_start.py", {"NUM_EPOCHS": dict.fromkeys(FILES, 1)})
     done = run(folder, "quick_start")
@@ -148,8 +148,8 @@ def test_quick_start_trains_all_three_and_sums_them_up(tmp_path):
     assert "CROSS-ATTENTION for 90210" in done.stdout
 
 
-def test_quick_start_shows_of_each_model_what_it_is_after_its_training(monkeypatch, capsys):
-    """Each row of the table against the model that was trained, and each training against what the constants say."""
+def test_quick_start_describes_each_model_after_its_training(monkeypatch, capsys):
+    """Compares each row of the table with the trained model, and each training run with the constants."""
     for name, size in SMALL.items():
         monkeypatch.setattr(toy_dataset, name, size)
     toy_dataset.make_splits.cache_clear()

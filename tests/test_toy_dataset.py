@@ -71,18 +71,18 @@ def test_reading_a_name_undoes_naming_for_the_whole_language():
     assert all(toy.words_to_number(toy.number_to_words(number)) == number for number in range(10**6))
 
 
-def test_every_number_has_a_name_of_its_own():
+def test_every_number_has_a_unique_name():
     assert len({tuple(toy.number_to_words(number)) for number in range(10**5)}) == 10**5
 
 
 @pytest.mark.parametrize("words", ["", "two two", "hundred", "one zero", "twenty eleven", "thousand one", "cat"])
-def test_what_is_no_name_is_refused(words):
+def test_words_that_are_not_a_name_are_refused(words):
     with pytest.raises(InputError):
         toy.words_to_number(words.split())
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1,000", "007", "abc", "1234567", "1.5", "\u0663"])
-def test_what_is_no_number_is_refused_and_named(text):
+def test_text_that_is_not_a_number_is_refused_and_named(text):
     with pytest.raises(ValueError, match=re.escape(repr(text)) if len(text) < 7 else text):
         toy.parse_number(text)
 
@@ -106,7 +106,7 @@ def test_the_splits_share_no_number_and_have_the_promised_sizes():
     assert (len(train), len(validation), len(test)) == (toy.NUM_TRAIN, toy.NUM_VALIDATION, toy.NUM_TEST)
 
 
-def test_everything_below_100_is_learned_and_at_most_half_of_each_longer_length():
+def test_training_has_all_numbers_below_100_and_at_most_half_of_each_longer_length():
     train = set(toy.make_splits().train)
     assert train >= set(range(100))
     for length in range(3, toy.MAX_DIGITS + 1):
@@ -131,7 +131,7 @@ def test_another_seed_gives_other_splits(monkeypatch):
     assert sorted(map(len, first)) == sorted(map(len, other))
 
 
-def test_the_loaders_ask_for_all_numbers_of_their_split_once(monkeypatch):
+def test_the_loaders_visit_each_number_of_their_split_once(monkeypatch):
     for name, size in (("NUM_TRAIN", 500), ("NUM_VALIDATION", 1100), ("NUM_TEST", 1300)):  # last batches are small
         monkeypatch.setattr(toy, name, size)
     splits = toy.make_splits.__wrapped__()
@@ -152,7 +152,7 @@ def test_fewer_training_numbers_are_the_first_ones_and_of_all_lengths():
 
 
 @pytest.mark.parametrize("number", [0, 7, 42, 342, 90210, 777777])
-def test_the_end_follows_the_last_word_and_only_padding_follows_the_end(number):
+def test_eos_follows_the_last_word_and_only_padding_follows_eos(number):
     example = toy.encoder_decoder_example(number)
     assert example["targets"][-1] == toy.EOS_ID == example["source"][-1]
     assert toy.PAD_ID not in example["targets"]
@@ -171,7 +171,7 @@ def test_each_target_is_the_next_input(number):
     assert toy.to_tokens(asked) == [*toy.number_to_words(number), "<EOS>"]
 
 
-def test_places_and_counts_are_true():
+def test_place_values_and_word_counts_are_correct():
     example = toy.tagging_example(342)
     assert [toy.PLACES[p] for p in example["places"] if p != IGNORE] == ["hundreds", "tens", "ones"]
     places = [toy.PLACES[p] for p in toy.tagging_example(123456)["places"] if p != IGNORE]
@@ -188,18 +188,18 @@ def test_padding_fills_ids_with_pad_and_labels_with_ignore():
     assert mask[0, 0, 0].tolist() == [True] * 3 + [False] * 2
 
 
-def test_the_alignment_is_the_one_made_by_hand():
+def test_the_alignment_matches_one_made_by_hand():
     assert toy.align(90210) == [{0, 1}, {0, 1}, {2}, {2}, {3, 4}]
     assert toy.align(342) == [{0}, {0}, {1}, {2}]
     assert toy.align(0) == [{0}] and toy.align(600006) == [{0}, {0}, {0, 1, 2}, {5}]
     assert toy.align(17) == [{0, 1}] and toy.align(20) == [{0, 1}] and toy.align(21) == [{0}, {1}]
     assert all(len(toy.align(n)) == len(toy.number_to_words(n)) for n in range(0, 10**6, 37))
-    larger = language(9)  # in which a group of three zeros, of which nothing is said, may stand in the middle
+    larger = language(9)  # in which a group of three zeros, which has no words, may be in the middle
     assert larger.align(1_000_005) == [{0}, {0}, {6}]
     assert all(len(larger.align(n)) == len(larger.number_to_words(n)) for n in range(0, 10**9, 999_983))
 
 
-def test_training_numbers_come_in_a_new_order_each_epoch_and_the_others_in_theirs():
+def test_training_numbers_come_in_a_new_order_each_epoch_and_the_others_keep_theirs():
     loaders = toy.make_dataloaders(toy.tagging_example, 64, seed=0, num_train=200)
     first, second = (torch.cat([b["ids"][:, 1] for b in loaders.train]).tolist() for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
@@ -210,13 +210,13 @@ def test_training_numbers_come_in_a_new_order_each_epoch_and_the_others_in_their
     assert next(iter(loaders.validation))["ids"].equal(next(iter(loaders.validation))["ids"])
 
 
-def test_an_impossible_batch_size_is_refused():
+def test_an_invalid_batch_size_is_refused():
     with pytest.raises(InputError, match="BATCH_SIZE"):
         toy.make_dataloaders(toy.tagging_example, 0, seed=0)
 
 
 @pytest.mark.parametrize("name, size", [("NUM_TRAIN", 100), ("NUM_VALIDATION", 0), ("NUM_TEST", 0)])
-def test_a_split_without_numbers_of_its_own_is_refused(monkeypatch, name, size):
+def test_an_empty_split_is_refused(monkeypatch, name, size):
     monkeypatch.setattr(toy, name, size)
     with pytest.raises(InputError, match=f"{name} = {size}"):
         toy.make_splits.__wrapped__()
@@ -244,7 +244,7 @@ def raises(error):
 
 
 @pytest.mark.parametrize("error", [InputError("no"), FloatingPointError("no"), PermissionError("no")])
-def test_what_a_person_can_mend_is_one_sentence(monkeypatch, error):
+def test_a_user_error_is_one_sentence(monkeypatch, error):
     with pytest.raises(SystemExit) as caught:
         run_main(monkeypatch, raises(error))
     assert caught.value.code == "script.py: no"  # a text as exit code: written to stderr, status 1
@@ -262,7 +262,7 @@ def test_ctrl_c_ends_with_the_shells_status_for_it(monkeypatch, capsys):
     assert caught.value.code == 130 and capsys.readouterr().err == "\nStopped.\n"
 
 
-def test_every_argument_is_read_before_anything_runs(monkeypatch, capsys):
+def test_every_argument_is_parsed_before_anything_runs(monkeypatch, capsys):
     got = []
     run_main(monkeypatch, lambda *numbers: got.extend(numbers), "342", "7", parse=toy.parse_number)
     assert got == [342, 7]

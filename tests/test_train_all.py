@@ -73,10 +73,10 @@ def train_and_stop(job, monkeypatch, step: int) -> None:
 
 
 def assert_close(weights: dict, expected: dict) -> None:
-    """Equal to float precision, all but the biases of the keys.
+    """Equal to float precision, except for the key biases.
 
-    A bias of the keys adds the same to all scores of a query, which softmax does not see: its gradient is 0. What is
-    computed is rounding noise around 0, and Adam makes it a full step.
+    A key bias adds the same amount to all scores of a query, which softmax ignores, so its gradient is 0. The computed
+    gradient is rounding noise, which Adam turns into a full step.
     """
     assert weights.keys() == expected.keys()
     for name in weights.keys() - {name for name in weights if name.endswith("key.bias")}:
@@ -118,7 +118,7 @@ def test_the_order_follows_from_the_seed_alone(monkeypatch):
     assert train_all.plan_batches(101, 2) != plan
 
 
-def test_each_micro_batch_has_masks_and_dropout_of_its_own(monkeypatch):
+def test_each_micro_batch_has_its_own_masks_and_dropout(monkeypatch):
     seeds = []
 
     def compute_loss(model, batch, compute_loss=encoder_only.compute_loss):
@@ -158,7 +158,7 @@ def test_the_micro_batch_size_does_not_change_what_is_learned(monkeypatch):
     assert last(job)["history"][-1]["loss"] == pytest.approx(expected["history"][-1]["loss"], abs=1e-4)
 
 
-def test_the_loss_and_the_step_are_those_of_the_architecture_files_own_training():
+def test_loss_and_steps_equal_those_of_the_architecture_files_own_training():
     """One epoch, one micro-batch a step, in the same order: module.train must end with the same weights."""
     job = TRANSLATOR._replace(num_epochs=1)
     torch.manual_seed(train_all.SEED)
@@ -179,11 +179,11 @@ def test_the_loss_and_the_step_are_those_of_the_architecture_files_own_training(
 # --- one step ---
 
 
-def test_the_gradient_is_divided_then_clipped_then_stepped_along(monkeypatch):
+def test_the_gradient_is_divided_then_clipped_then_applied(monkeypatch):
     monkeypatch.setattr(decoder_only, "GRAD_CLIP", 0.5)
     model = decoder_only.build_model(**TINY)
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # its step is the gradient: what it was given can be seen
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # its step is the gradient that it was given
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)
     total = sum(parameter.numel() for parameter in model.parameters()) ** 0.5 * 3.0
@@ -195,7 +195,7 @@ def test_the_gradient_is_divided_then_clipped_then_stepped_along(monkeypatch):
         parameter.grad = torch.full_like(parameter, 1e-4)
     _, norm = train_all.update(DECODER, model, optimizer, torch.tensor([20.0, 10.0]), step=0)
     assert norm < 0.5
-    assert all(torch.allclose(parameter.grad, torch.tensor(1e-5)) for parameter in model.parameters())  # not lengthened
+    assert all(torch.allclose(parameter.grad, torch.tensor(1e-5)) for parameter in model.parameters())  # not scaled up
 
 
 def test_a_batch_without_targets_leaves_the_weights_unchanged(monkeypatch):
@@ -247,7 +247,7 @@ def test_stored_activations_are_counted_once_each_and_weights_are_not(monkeypatc
     assert train_all.measure_memory(job, 1, False) == 3 * 70 * 4
 
 
-def test_automatic_precision_is_bf16_only_where_the_gpu_has_it(monkeypatch):
+def test_automatic_precision_is_bf16_only_where_the_gpu_supports_it(monkeypatch):
     assert train_all.MIXED_PRECISION == "auto"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *including_emulation: True)
@@ -307,7 +307,7 @@ def test_the_estimated_time_of_a_step_is_that_of_the_jobs_model_times_its_micro_
 
 
 def learn_tagging(monkeypatch, precision: str) -> float:
-    """Held-out share of numbers wholly tagged right after a short training."""
+    """Exact match on held-out numbers after a short training run."""
     monkeypatch.setattr(train_all, "MIXED_PRECISION", precision)
     monkeypatch.setattr(train_all, "EVALUATE_EVERY", 50)
     monkeypatch.setattr(train_all, "FOLDER", train_all.FOLDER.parent / precision)
@@ -336,11 +336,11 @@ def test_bf16_reaches_the_same_accuracy_and_keeps_float32_weights(monkeypatch):
     assert all(m.dtype == torch.float32 for moments in saved["optimizer"]["state"].values() for m in moments.values())
 
 
-# --- stopping and going on ---
+# --- stopping and resuming ---
 
 
 @pytest.mark.parametrize("job", [MASKED, DECODER], ids=lambda job: job.name)
-def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(job, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(job, monkeypatch):
     train_all.train_one(job)
     expected = kill_train_all.files_of(train_all.FOLDER)
     assert len(expected) == 3
@@ -349,13 +349,13 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(job, monkeypatch):
     train_and_stop(job, monkeypatch, step=5)
     assert last(job)["step"] == 5 and not last(job)["finished"]
     train_and_stop(job, monkeypatch, step=7)
-    torch.rand(3)  # whatever the random state is when it goes on
+    torch.rand(3)  # whatever the random state is when it resumes
     train_all.train_one(job)
     assert kill_train_all.differences(kill_train_all.files_of(train_all.FOLDER), expected) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_is_noted_and_its_handler_is_put_back_at_the_end(number):
+def test_a_signal_is_recorded_and_its_handler_is_restored_at_the_end(number):
     before = signal.getsignal(number)
     with train_all.StopRequest() as stop:
         assert not stop.requested
@@ -365,8 +365,8 @@ def test_a_signal_is_noted_and_its_handler_is_put_back_at_the_end(number):
     assert signal.getsignal(number) == before
 
 
-def test_a_second_ctrl_c_interrupts_the_step_and_the_last_checkpoint_stands(monkeypatch):
-    """A second one: torchrun may deliver the first twice, within an instant."""
+def test_a_second_ctrl_c_interrupts_the_step_and_keeps_the_last_checkpoint(monkeypatch):
+    """A real second Ctrl-C, not the first one again: torchrun may deliver that twice, within an instant."""
     now, survived = [100.0], []
     accumulate = train_all.accumulate_gradients
 
@@ -543,18 +543,18 @@ def test_a_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_intact(monkeypa
             train_all.train_one(DECODER)
     assert last(DECODER)["step"] == 6
     assert all(weights.isfinite().all() for weights in last(DECODER)["weights"].values())
-    train_all.train_one(DECODER)  # and it can be gone on from
+    train_all.train_one(DECODER)  # and training can resume from it
     assert last(DECODER)["finished"]
 
 
 def test_a_learning_rate_of_10_is_stopped_in_one_sentence():
-    """Norms and clipping keep it finite: it is stopped because its loss is ten times that of blind guessing."""
+    """Norms and clipping keep it finite: it is stopped because its loss is ten times that of uniform guessing."""
     with pytest.raises(FloatingPointError, match="diverged, the loss is [0-9.e+]+ at step .* LEARNING_RATE = 10"):
         train_all.train_one(DECODER._replace(learning_rate=10))
 
 
 @pytest.mark.parametrize("kind", ["empty", "text", "truncated", "a tensor", "an architecture file's", "another job's"])
-def test_a_file_that_is_no_checkpoint_of_this_run_gets_one_sentence_and_is_left_alone(kind):
+def test_a_file_that_is_not_a_checkpoint_of_this_run_gets_one_sentence_and_is_kept(kind):
     path = train_all.path_of(DECODER, "last.pt")
     train_all.train_one(DECODER)
     if kind == "truncated":
@@ -652,7 +652,7 @@ def test_constants_that_affect_only_speed_or_memory_may_change_before_resuming(m
 @pytest.mark.parametrize("name, value", [("ARCHITECTURES", ["gpt"]), ("ARCHITECTURES", []), ("GLOBAL_BATCH_SIZE", 0),
                                          ("MICRO_BATCH_SIZE", 2.5), ("MIXED_PRECISION", "fp8"), ("EVALUATE_EVERY", -1),
                                          ("CHECKPOINT_EVERY", 0), ("NUM_EPOCHS", 0)])
-def test_constants_that_cannot_work_are_refused_by_name(name, value, monkeypatch):
+def test_invalid_constants_are_refused_by_name(name, value, monkeypatch):
     monkeypatch.setattr(train_all, name, value)
     with pytest.raises(InputError, match=f"{name} = "):
         train_all.main()
@@ -685,7 +685,7 @@ def test_a_run_does_not_resume_on_more_processes_than_a_step_has_micro_batches(m
 @pytest.mark.parametrize("variables, named", [({"RANK": "1", "WORLD_SIZE": "2"}, "without MASTER_ADDR, MASTER_PORT"),
                                               ({"WORLD_SIZE": "4"}, "without RANK, MASTER_ADDR, MASTER_PORT"),
                                               ({"RANK": "1"}, "RANK = 1 and WORLD_SIZE = 1 are set without WORLD")])
-def test_half_of_a_launchers_variables_is_refused(variables, named, monkeypatch):
+def test_an_incomplete_launcher_environment_is_refused(variables, named, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -838,7 +838,7 @@ def run_two(folder: Path) -> list[tuple[int, str, str]]:
 
 
 def insert(folder: Path, before: str, code: str) -> None:
-    """Insert code into the train_all.py in a folder, before a piece of it that stands there once."""
+    """Insert code into the train_all.py in a folder, before a text that occurs in it once."""
     script = folder / "train_all.py"
     assert script.read_text().count(before) == 1
     script.write_text(script.read_text().replace(before, code + before))
@@ -848,12 +848,12 @@ def insert(folder: Path, before: str, code: str) -> None:
 def two_processes(tmp_path_factory):
     """The script, run once on two processes: its folder, and what run_two returns."""
     folder = kill_train_all.small_copy(tmp_path_factory.mktemp("train_all") / "two")
-    insert(folder, "\n\n\ndef say(", "\n\n\nif RANK == 1:\n    os.replace = torch.save = None  # who writes, crashes")
+    insert(folder, "\n\n\ndef say(", "\n\n\nif RANK == 1:\n    os.replace = torch.save = None  # to write is to crash")
     return folder, run_two(folder)
 
 
-def test_two_processes_reach_what_one_reaches_and_only_one_of_them_prints_and_writes(undisturbed, two_processes):
-    """The same dropout, masks and order, so after 57 steps only the order of additions may tell: 1e-4."""
+def test_two_processes_match_one_and_only_rank_0_prints_and_writes(undisturbed, two_processes):
+    """The same dropout, masks and order, so after 57 steps only the order of additions makes a difference: 1e-4."""
     folder, [(status, printed, errors), silent] = two_processes
     assert status == 0 and "on 2 x cpu" in printed and "Traceback" not in errors
     assert silent == (0, "", "")
@@ -870,7 +870,7 @@ def test_two_processes_reach_what_one_reaches_and_only_one_of_them_prints_and_wr
 
 
 def test_under_torchrun_ctrl_c_and_sigterm_save_and_resuming_loses_nothing(two_processes, tmp_path):
-    """SIGTERM reaches one process only, as where a cluster takes back one of two machines: both must stop."""
+    """SIGTERM reaches one process only, as when a cluster preempts one of two machines: both must stop."""
     folder = kill_train_all.small_copy(tmp_path / "stopped", CHECKPOINT_EVERY=1000)
     process = kill_train_all.start(folder, *TORCHRUN)
     while not (line := process.stdout.readline()).startswith("  step     10"):

@@ -189,7 +189,7 @@ def test_the_masks_hide_padding_and_the_future():
     assert masks["cross-attention"][1:] == (["<SOS>", "forty", "two", "<PAD>", "<PAD>"], ["4", "2", "<EOS>", "<PAD>"])
 
 
-def test_without_the_scale_the_largest_weight_grows_toward_1_and_with_it_stays():
+def test_the_largest_weight_grows_toward_1_only_without_the_scale():
     raw, scaled = visualizations.largest_weights([4, 64, 1024])
     assert raw[0] < raw[1] < raw[2] and raw[2] > 0.9
     assert max(scaled) - min(scaled) < 0.05 and max(scaled) < 0.4
@@ -257,7 +257,7 @@ def test_changing_a_constant_changes_the_diagram(models):
     assert "d_ff = 96" not in before and "d_ff = 96" in after
 
 
-def test_the_diagram_says_what_attention_may_see_as_measured_in_the_models(models):
+def test_the_diagram_states_each_attentions_reach_as_measured_in_the_models(models):
     texts = texts_in(visualizations.draw_architectures(models))
     assert (texts.count("bidirectional"), texts.count("causal"), texts.count("over the source")) == (2, 2, 1)
 
@@ -337,7 +337,7 @@ def boxed_cells(axes) -> set:
     return {(round(frame.get_y()), round(frame.get_x())) for frame in frames}
 
 
-def test_cross_attention_is_the_one_that_the_models_own_file_shows(models, trained):
+def test_cross_attention_is_that_shown_by_the_models_own_file(models, trained):
     _, _, weights = visualizations.attention_maps(models["encoder_decoder"], 90210)["cross"]
     own = encoder_decoder.cross_attention(models["encoder_decoder"], 90210)
     torch.testing.assert_close(weights.mean(dim=(0, 1)), own)
@@ -418,7 +418,7 @@ def test_pca_finds_the_directions_of_planted_data():
     assert torch.corrcoef(torch.stack([points[:, 0].float(), coordinates[:, 0]]))[0, 1].abs() > 0.99
     distances = torch.cdist(points, points).float()
     torch.testing.assert_close(distances, torch.cdist(centered, centered), atol=1e-2, rtol=1e-3)
-    assert (points.gather(0, points.abs().argmax(dim=0, keepdim=True)) > 0).all()  # signs are settled
+    assert (points.gather(0, points.abs().argmax(dim=0, keepdim=True)) > 0).all()  # the sign convention
 
 
 def test_the_word_map_sees_planted_kinds_and_reports_when_there_are_none(models):
@@ -466,7 +466,7 @@ def test_influence_is_the_derivative(models):
     torch.testing.assert_close(found, squares.sqrt(), atol=1e-3, rtol=1e-2)
 
 
-def test_influence_is_exactly_0_where_a_model_may_not_look_and_nowhere_else(models, figures):
+def test_influence_is_exactly_0_where_the_masks_leave_no_path_and_nowhere_else(models, figures):
     encoder, decoder, both = (visualizations.influence(models[name], 512) for name in MODULES)
     assert (encoder[2] > 0).all()
     assert torch.equal(decoder[2] > 0, torch.ones(8, 8).tril().bool())
@@ -555,7 +555,7 @@ def test_an_accuracy_that_falls_back_has_not_been_reached_for_good():
         assert visualizations.stays_above(history(*accuracies)) == step, accuracies
 
 
-def test_training_curves_circle_where_99_percent_is_kept_and_say_who_never_gets_there(comparison):
+def test_training_curves_circle_where_99_percent_is_kept_and_name_who_never_reaches_it(comparison):
     def draw(*accuracies):
         cells = [cell | {"history": history(*accuracies[list(MODULES).index(cell["architecture"])])}
                  for cell in comparison["cells"]]
@@ -658,13 +658,13 @@ def small_copy(tmp_path_factory, comparison):
 
 
 def run_script(folder, *arguments):
-    """As in a terminal without a screen that knows ASCII only."""
+    """As in an ASCII-only terminal without a display."""
     environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "MPLBACKEND")}
     return subprocess.run([sys.executable, "visualizations.py", *arguments], cwd=folder, capture_output=True, text=True,
                           env=environment | {"LC_ALL": "C", "PYTHONUTF8": "0"})
 
 
-def test_the_script_trains_what_is_missing_writes_all_and_says_what_to_see(small_copy):
+def test_the_script_trains_what_is_missing_writes_all_and_prints_the_titles(small_copy):
     done = run_script(small_copy)
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii() and max(map(len, done.stdout.splitlines())) <= 100
@@ -676,7 +676,7 @@ def test_the_script_trains_what_is_missing_writes_all_and_says_what_to_see(small
     assert not (small_copy / "checkpoints").exists()  # what is trained for pictures is not saved as a model
 
 
-def test_a_mistake_gets_one_sentence(small_copy):
+def test_a_user_error_gets_one_sentence(small_copy):
     wrong = run_script(small_copy, "figures")
     assert wrong.returncode == 2 and len(wrong.stderr.splitlines()) == 1 and "takes no arguments" in wrong.stderr
     (small_copy / "blocked").write_text("a file where the folder should be")
@@ -702,7 +702,7 @@ def test_shown_numbers_are_held_out():
     assert visualizations.SHORT_NUMBER not in toy_dataset.make_splits().train
 
 
-def test_percentages_say_what_they_must():
+def test_percentages_keep_two_significant_digits_and_more_near_the_ends():
     shares = {0.0: "0%", 1.0: "100%", 0.736: "74%", 0.9981: "99.81%", 0.00004: "<0.01%", 0.0123: "1.23%",
               0.99999: ">99.99%"}
     assert {share: visualizations.percent(share) for share in shares} == shares

@@ -57,7 +57,7 @@ def test_cached_generation_gives_the_recomputed_tokens(model):
     assert torch.equal(cached, recomputed)
 
 
-def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(model):
+def test_prompts_of_different_lengths_continue_in_one_batch_as_they_do_alone(model):
     together = decoder_only.generate(model, PROMPTS)
     for row, prompt in zip(together, PROMPTS):
         alone = decoder_only.generate(model, [prompt])[0]

@@ -46,7 +46,7 @@ def test_logits_with_the_cache_are_those_without_at_every_step_and_whatever_the_
     torch.testing.assert_close(torch.cat(steps, dim=1)[real], expected[real], atol=1e-5, rtol=1e-4)
 
 
-def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(model):
+def test_prompts_of_different_lengths_continue_in_one_batch_as_they_do_alone(model):
     together = decoder_only.generate(model, PROMPTS)
     for row, prompt in zip(together, PROMPTS):
         alone = decoder_only.generate(model, [prompt])[0]
