@@ -858,10 +858,10 @@ def show_strategies(model) -> None:
     }
     held_out = toy_dataset.make_splits().test[:500]
     samples = []
-    print("\nSTRATEGIES, on the same prompts. exact match: 500 held-out numbers to name, <SOS> digits <SEP>.\n"
-          "500 unconditional samples, from <SOS> alone: distinct, the fraction of different texts; valid,\n"
-          f"the fraction whose words name their digits.\n\n  {'':22}{'exact match':>12}{'distinct':>10}{'valid':>8}"
-          f"{'tokens/s':>10}")
+    print("\nDECODING STRATEGIES. exact match: 500 held-out numbers to name, prompted with <SOS> digits <SEP>.\n"
+          "500 unconditional samples, prompted with <SOS> alone: distinct, the fraction of distinct texts;\n"
+          f"valid, the fraction whose words name their digits.\n\n  {'':22}{'exact match':>12}{'distinct':>10}"
+          f"{'valid':>8}{'tokens/s':>10}")
     for name, settings in strategies.items():
         generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
         named = generate(model, [make_prompt(number) for number in held_out], generator=generator, **settings)
@@ -886,7 +886,7 @@ def show_cache(model) -> None:
         texts[use_cache] = generate(model, prompts, temperature=0.0, use_cache=use_cache)
         seconds[use_cache] = time.perf_counter() - start
     print(f"\nKV CACHE, 500 names of up to {MAX_WORDS} words: {seconds[False]:.2f} s without, {seconds[True]:.2f} s "
-          f"with; the same tokens: {torch.equal(texts[False], texts[True])}.\n"
+          f"with; identical tokens: {torch.equal(texts[False], texts[True])}.\n"
           "The longer the text, the more it saves: python compare_architectures.py prints the table.")
 
 

@@ -983,7 +983,7 @@ def show_strategies(model) -> None:
         f"beam width {BEAM_WIDTH}": lambda **kw: beam_search(model, sources)[0][:, 0],
         "your constants": lambda **kw: generate(model, sources, **kw),  # TEMPERATURE, TOP_K and TOP_P as set at the top
     }
-    print(f"\nSTRATEGIES, on the same {len(sources)} held-out numbers\n\n  {'':22}{'exact match':>12}{'names/s':>10}")
+    print(f"\nDECODING STRATEGIES, on {len(sources)} held-out numbers\n\n  {'':22}{'exact match':>12}{'names/s':>10}")
     for name, strategy in strategies.items():
         generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
         start = time.perf_counter()

@@ -507,7 +507,7 @@ def evaluate(model, loader) -> dict:
     """Evaluate on held-out numbers. Returns loss (nats per target), exact_match, accuracy and mistakes.
 
     exact_match: fraction of the sequences with every target correct (those in which no token was masked do not count).
-    accuracy: fraction of the targets that are correct. mistakes: the indices of sequences with errors, in loader order.
+    accuracy: fraction of the targets predicted correctly. mistakes: indices of sequences with errors, in loader order.
     """
     was_training = model.training
     model.eval()
@@ -885,8 +885,8 @@ def show_pretraining_gain(pretrained) -> None:
     batch_size, rates = max(1, BATCH_SIZE // 2), (FINE_TUNING_LEARNING_RATE / 2, FINE_TUNING_LEARNING_RATE)
     matches = fmean(toy_dataset.matching_example(number)["match"] for number in toy_dataset.make_splits().test[:2000])
     print("\nTHE EFFECT OF PRETRAINING: exact match on 2,000 held-out numbers, mean of three seeds (lowest to\n"
-          f"highest), after {FINE_TUNING_STEPS} steps of {batch_size}, with the better of two learning rates for "
-          f"each task and start\n(the more common class alone, in matching: {max(matches, 1 - matches):.1%})\n\n"
+          f"highest), after {FINE_TUNING_STEPS} steps of {batch_size} examples, with the better of two learning rates "
+          f"for each\ntask and initialization (majority class in matching: {max(matches, 1 - matches):.1%})\n\n"
           f"  {'task':10}{'labels':>8}{'from scratch':>26}{'pretrained':>26}")
     bar = tqdm(desc="fine-tuning", ascii=True, ncols=95, mininterval=0.5)
 
@@ -940,8 +940,8 @@ def show_mask_predict(model, counter) -> None:
     questions = toy_dataset.pad_batch([TASKS["counting"](number) for number in numbers])
     counts = predict(counter.eval(), questions)[0].argmax(dim=-1) + 1                   # (B, 1), predicted
     true_lengths, predicted_lengths = [len(name) for name in names], counts.flatten().tolist()
-    print("\nMASK-PREDICT: generation with a model trained to fill gaps. Exact match on 500 held-out names,\n"
-          f"by what is masked and by rounds\n\n  {'':36}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
+    print("\nMASK-PREDICT: generation with a model trained to fill gaps. Exact match on 500 held-out names,\nby "
+          f"what is masked and number of rounds\n\n  {'':36}" + "".join(f"{f'rounds: {n}':>11}" for n in (1, 4, 10)))
     rng = random.Random(SEED)  # which words are masked
     for label, share, lengths in [("one word masked", 0, true_lengths), ("half of the words masked", 0.5, true_lengths),
                                   ("all words masked, true length", 1, true_lengths),

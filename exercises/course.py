@@ -1,6 +1,6 @@
 """course.py - the exercises of implement.py, in order. It contains hints and typical mistakes: don't read ahead.
 
-To add one, add an entry. Everything else (where the function stands, what it should return, whether the tests exist) is
+To add one, add an entry. Everything else (where the function is, what it should return, whether the tests exist) is
 taken from the project, and tests/test_exercises.py checks the entry.
 """
 
@@ -14,8 +14,8 @@ class Exercise(NamedTuple):
     task: what it has to do, in a few sentences; the docstring, which is kept, says the rest
     see: what explains it, as "README.md, <heading>", optionally followed by "; figures/<picture>"
     hints: two or three, each saying more than the one before
-    properties: a sentence -> the tests that hold it, as pytest names them below tests/
-    mistakes: typical ones, {name: (text in the original function, what it becomes)}. Whoever makes one is told its name
+    properties: a sentence -> the tests that check it, as pytest names them below tests/
+    mistakes: typical ones, {name: (text in the original function, what it becomes)}; the learner is told its name
     examples: lines of code to show what is wrong, as doctests without results. The docstring's own come first
     only_loop: only the body of the function's for loop is to be written, not the whole function
     """
@@ -48,7 +48,7 @@ EXERCISES = [
         task="""Sequences in a batch are padded to the length of the longest. Write the mask that keeps attention away
         from the padding, in a shape that broadcasts against attention scores of shape (B, H, T, S).""",
         see="README.md, The three masks; figures/masks.png",
-        hints=["A comparison of ids with PAD_ID gives a boolean tensor (B, S). What is True in it?",
+        hints=["A comparison of ids with PAD_ID gives a boolean tensor (B, S). Which positions have to be True?",
                "Indexing with None inserts a dimension of size 1: x[:, None] turns (B, S) into (B, 1, S).",
                "The dimensions of size 1 stand for heads and queries, so they come between B and S."],
         properties={
@@ -58,7 +58,7 @@ EXERCISES = [
                 ["test_encoder_only.py::test_padding_changes_no_real_output_and_no_pooled_output"],
             "Padding on the left or on the right changes no output of the decoder at a real token":
                 ["test_decoder_only.py::test_padding_on_either_side_changes_no_real_position"],
-            "Padding of the source changes no output of the encoder-decoder":
+            "Padding in the source changes no output of the encoder-decoder":
                 ["test_encoder_decoder.py::test_the_content_of_source_padding_changes_nothing"],
         },
         mistakes={
@@ -77,7 +77,7 @@ EXERCISES = [
         task="""Write the mask that hides the future: row t may attend to the columns up to its own position. With a KV
         cache there are fewer rows than columns, T < S, and the rows are the last T positions.""",
         see="README.md, The three masks; figures/masks.png",
-        hints=["tensor.tril() keeps the lower triangle and clears the rest. Its argument `diagonal` shifts the border.",
+        hints=["tensor.tril() keeps the lower triangle and clears the rest. Its argument `diagonal` moves the border.",
                "The first of the T rows is position S - T: it may attend to S - T + 1 columns."],
         properties={
             "The rows are the last T of S positions, each attending to itself and all earlier ones":
@@ -86,15 +86,15 @@ EXERCISES = [
                 ["test_decoder_only.py::test_changing_a_token_leaves_all_earlier_outputs_exactly_as_they_were"],
             "The gradient of an output with respect to a later input is exactly 0":
                 ["test_decoder_only.py::test_the_gradient_with_respect_to_a_later_input_is_exactly_zero"],
-            "Computed with the cache, the logits are those computed without":
+            "The logits are the same with the cache and without it":
                 ["test_decoder_only.py::test_cached_logits_equal_recomputed_logits_at_every_step"],
         },
         mistakes={
-            "the diagonal is off by one, so each position sees the next token, which is its target":
+            "the diagonal is off by one, so each position attends to its own target, the next token":
                 ("S - T)", "S - T + 1)"),
-            "the diagonal is off by one, so no position sees itself": ("S - T)", "S - T - 1)"),
-            "the rows are taken for the first T positions, not the last T": ("diagonal=S - T", ""),
-            "it keeps the upper triangle, so the past is hidden instead of the future": ("tril(", "triu("),
+            "the diagonal is off by one, so no position attends to itself": ("S - T)", "S - T - 1)"),
+            "the rows are taken to be the first T positions, not the last T": ("diagonal=S - T", ""),
+            "it keeps the upper triangle, so the past is masked instead of the future": ("tril(", "triu("),
         },
         examples="""
         >>> make_causal_mask(2, 4).int()
@@ -148,9 +148,9 @@ EXERCISES = [
     Exercise(
         place="encoder_only.py::MultiHeadAttention.split_heads",
         task="""All heads are computed by one matrix product, side by side in C = H * d_k numbers. Make the heads a
-        dimension of their own, so that attention runs over all of them at once.""",
+        separate dimension, so that attention runs over all of them at once.""",
         see="README.md, Multi-head attention; figures/attention_encoder.png",
-        hints=["Two steps: cut the last dimension in two, then bring the dimensions into order.",
+        hints=["Two steps: cut the last dimension in two, then reorder the dimensions.",
                "x.unflatten(-1, (H, d_k)) gives (B, T, H, d_k). Head 0 owns the first d_k numbers, not every H-th.",
                "Swapping dimensions needs transpose. A reshape to (B, H, T, d_k) gives the right shape but mixes "
                "positions."],
@@ -159,12 +159,12 @@ EXERCISES = [
                 ["test_all_architectures.py::test_multi_head_attention_equals_pytorchs_on_the_same_weights"],
             "There is one attention map (B, H, T, T) for each layer":
                 ["test_encoder_only.py::test_there_is_an_attention_map_for_each_layer_and_head"],
-            "A permuted input gives the permuted output once positions are taken away":
+            "Without positions, permuting the input permutes the output":
                 ["test_encoder_only.py::"
                  "test_permuting_the_input_permutes_the_output_only_without_positions"],
         },
         mistakes={
-            "a reshape takes the place of the transpose, so the heads mix positions":
+            "a reshape replaces the transpose, so the heads mix positions":
                 ("x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)",
                  "x.reshape(x.size(0), self.num_heads, x.size(1), -1)"),
             "the transpose is missing, so the shape is (B, T, H, d_k)": (".transpose(1, 2)", ""),
@@ -181,7 +181,7 @@ EXERCISES = [
     ),
     Exercise(
         place="decoder_only.py::PositionalEncoding.__init__",
-        task="""Build the table of sines and cosines, (max_length, C), by the formula in the class's docstring. Start
+        task="""Build the table of sines and cosines, (max_length, C), from the formula in the class's docstring. Start
         with super().__init__(), and register the table as a buffer called "table" that is not saved (persistent=False).
         Work with tensors; no loop is needed.""",
         see="README.md, Positional encoding; figures/positional_encoding.png",
@@ -196,7 +196,7 @@ EXERCISES = [
                 ["test_all_architectures.py::"
                  "test_loading_restores_what_was_saved_and_the_file_is_safe_to_read[decoder_only]",
                  "test_all_architectures.py::test_the_parameter_count_matches_the_formula[decoder_only]"],
-            "With positions one layer tells the order of the tokens, without them it cannot":
+            "The output of one layer depends on the order of earlier tokens only because of the positions":
                 ["test_decoder_only.py::"
                  "test_one_layer_depends_on_the_order_of_earlier_tokens_only_with_positions"],
         },
@@ -204,9 +204,9 @@ EXERCISES = [
             "all sines come first, then all cosines, instead of alternating":
                 ("torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(start_dim=1)",
                  "torch.cat([angles.sin(), angles.cos()], dim=-1)"),
-            "sine and cosine are exchanged": ("[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]"),
+            "sine and cosine are swapped": ("[angles.sin(), angles.cos()]", "[angles.cos(), angles.sin()]"),
             "the exponent is i / C, not 2i / C": ("torch.arange(0, d_model, 2)", "torch.arange(d_model // 2)"),
-            "the minus is missing, so the frequencies grow with i": ("(-torch.arange", "(torch.arange"),
+            "the minus sign is missing, so the frequencies grow with i": ("(-torch.arange", "(torch.arange"),
         },
         examples="""
         >>> encoding = PositionalEncoding(d_model=6, max_length=10)
@@ -217,15 +217,15 @@ EXERCISES = [
     ),
     Exercise(
         place="decoder_only.py::DecoderLayer.forward",
-        task="""Put the parts together: two residual branches, attention and feed-forward, each with its norm in front
-        (pre-norm) and dropout behind. mask, cache and attention_maps are for the attention.""",
+        task="""Put the parts together: two residual branches, attention and feed-forward, each with a norm before it
+        (pre-norm) and dropout after it. mask, cache and attention_maps are for the attention.""",
         see="README.md, Residuals and layer norm, pre and post; figures/gradient_flow.png",
         hints=["x = x + dropout(branch(norm(x))), twice.",
                "The first branch is self.attention, its norm self.attention_norm; the second self.feed_forward."],
         properties={
             "The layer equals PyTorch's pre-norm nn.TransformerEncoderLayer on the same weights":
                 ["test_all_architectures.py::test_a_layer_equals_pytorchs_pre_norm_layer_on_the_same_weights[True]"],
-            "Computed with the cache, the logits are those computed without":
+            "The logits are the same with the cache and without it":
                 ["test_decoder_only.py::test_cached_logits_equal_recomputed_logits_at_every_step"],
             "Dropout acts on what each branch adds to the residual stream":
                 ["test_all_architectures.py::"
@@ -256,9 +256,9 @@ EXERCISES = [
     Exercise(
         place="decoder_only.py::compute_loss",
         task="""The loss of a batch, as a sum over its targets and their number. Positions whose target is IGNORE
-        (padding, and whatever the task does not ask for) count in neither.""",
+        (padding, and whatever the task does not predict) count in neither.""",
         see="README.md, Training; figures/training_curves.png",
-        hints=["predict(model, batch) gives logits (B, T, V) and targets (B, T). F.cross_entropy wants (N, V) and (N).",
+        hints=["predict(model, batch) gives logits (B, T, V) and targets (B, T). F.cross_entropy takes (N, V) and (N).",
                "F.cross_entropy takes logits, not probabilities, and has the arguments ignore_index and reduction."],
         properties={
             "Padding and ignored targets carry no loss and are not counted; a batch without targets gives 0":
@@ -286,11 +286,11 @@ EXERCISES = [
     Exercise(
         place="decoder_only.py::learning_rate_at",
         task="""The schedule: linear warmup to the peak, then half a cosine down to FINAL_LEARNING_RATE_RATIO * peak.
-        Steps count from 0 to num_steps - 1. The first step must not have the rate 0, the last one has exactly the
-        lowest, and a short run has warmup for at most a fifth of its steps.""",
+        Steps count from 0 to num_steps - 1. The first rate must not be 0, the last one is exactly the lowest, and
+        warmup takes at most a fifth of a short run.""",
         see="README.md, Training; figures/learning_rate_schedule.png",
-        hints=["Limit warmup_steps first: min(warmup_steps, num_steps // 5). With 0 warmup steps nothing may be "
-               "divided by 0.",
+        hints=["Limit warmup_steps first: min(warmup_steps, num_steps // 5). With 0 warmup steps, avoid a "
+               "division by 0.",
                "During warmup the rate is peak * (step + 1) / warmup_steps. After it, progress runs up to 1, which it "
                "reaches at step = num_steps - 1.",
                "0.5 * (1 + cos(pi * progress)) falls from 1 to 0; the rate falls from peak to the lowest."],
@@ -317,11 +317,11 @@ EXERCISES = [
     ),
     Exercise(
         place="encoder_only.py::mask_tokens",
-        task="""BERT's corruption: choose digits and words with MASK_PROBABILITY; of the chosen, 80% become <MASK>, 10%
-        a random digit or word, 10% stay. Draw with the generator that is given (on the CPU), in whatever order.""",
+        task="""BERT's corruption: choose each digit and word with MASK_PROBABILITY; of the chosen, 80% become <MASK>,
+        10% a random digit or word, 10% stay. Draw from the given generator (on the CPU), in any order.""",
         see="README.md, Training; figures/training_curves.png",
         hints=["Two independent random numbers for each token: one decides whether it is chosen, the other which of "
-               "the three fates it has. torch.rand(..., generator=generator).",
+               "the three happens to it. torch.rand(..., generator=generator).",
                "Special tokens have the ids below len(SPECIAL_TOKENS), so a random digit or word is "
                "torch.randint(len(SPECIAL_TOKENS), len(VOCABULARY), ids.shape, generator=generator).",
                "masked_fill and torch.where do the rest. The targets are ids.masked_fill(~chosen, IGNORE)."],
@@ -339,7 +339,7 @@ EXERCISES = [
             "special tokens are chosen too": ("(ids >= len(SPECIAL_TOKENS)) & (chance", "(chance"),
             "every chosen token becomes <MASK>": ("torch.where(replace, others, ids.masked_fill(hide, MASK_ID))",
                                                 "ids.masked_fill(chosen, MASK_ID)"),
-            "the loss is asked for all tokens, not for the chosen ones": ("ids.masked_fill(~chosen, IGNORE)", "ids"),
+            "the loss covers all tokens, not only the chosen ones": ("ids.masked_fill(~chosen, IGNORE)", "ids"),
             "20% of the chosen are replaced, and none is left unchanged": (" & (kind < 0.9)", ""),
             "the generator is not used": ("torch.rand(2, *ids.shape, generator=generator)",
                                           "torch.rand(2, *ids.shape)"),
@@ -367,7 +367,7 @@ EXERCISES = [
         properties={
             "Exactly min(k, V) tokens survive, ties included, with their logits unchanged":
                 ["test_decoder_only.py::test_exactly_k_tokens_survive_top_k_ties_included"],
-            "Its docstring's example is true":
+            "The example in its docstring is correct":
                 ["test_scripts.py::test_the_examples_in_the_docstrings_are_true[decoder_only]"],
         },
         mistakes={
@@ -385,13 +385,13 @@ EXERCISES = [
     ),
     Exercise(
         place="decoder_only.py::keep_top_p",
-        task="""Nucleus sampling: in each row keep the smallest set of most likely tokens whose probabilities reach p
-        together, and set all others to -inf. At least one token always survives; p = 1 keeps all.""",
+        task="""Nucleus sampling: in each row keep the smallest set of most likely tokens whose total probability is
+        at least p, and set all others to -inf. At least one token always survives; p = 1 keeps all.""",
         see="README.md, Inference; figures/sampling_strategies.png",
         hints=["Sort in descending order; decide in that order; scatter the result back to where each token came from.",
-               "A token is kept unless the tokens before it reach p already. With c the cumulative sum of the sorted "
+               "A token is kept unless the tokens before it already reach p. With c the cumulative sum of the sorted "
                "probabilities, those before token i have c[i] - probability[i].",
-               "p = 1 is a case of its own: rounding can make the sum reach 1 one token too early."],
+               "p = 1 is a special case: rounding can make the sum reach 1 one token too early."],
         properties={
             "The smallest set that reaches p survives, the token that crosses p included":
                 ["test_decoder_only.py::test_top_p_keeps_the_smallest_set_that_reaches_p"],
@@ -413,24 +413,24 @@ EXERCISES = [
     Exercise(
         place="decoder_only.py::KVCache.append",
         task="""Generation computes one new position at a time. Add its keys and values to those of all earlier
-        positions, remember the result, and return it.""",
+        positions, store the result, and return it.""",
         see="README.md, Inference; figures/kv_cache.png",
         hints=["The first time there is nothing to add to: self.key is None.",
                "torch.cat along the positions, dimension 2 of (B, H, T, d_k); the old ones come first."],
         properties={
-            "Computed with the cache, the logits are those computed without, at every step":
+            "The logits are the same with the cache and without it, at every step":
                 ["test_decoder_only.py::test_cached_logits_equal_recomputed_logits_at_every_step"],
-            "After the first call it holds exactly these keys and values":
+            "After the first call it holds exactly the given keys and values":
                 ["variations/test_positional_encodings.py::"
                  "test_rotary_attention_rotates_keys_before_caching_and_never_values"],
         },
         mistakes={
             "the new keys come before the old ones": ("[self.key, key]", "[key, self.key]"),
-            "only the new keys and values are remembered":
+            "only the newest key and value are stored":
                 ("        self.key, self.value = key, value\n        return key, value",
                  "        new = key[:, :, -1:], value[:, :, -1:]\n        self.key, self.value = new\n"
                  "        return key, value"),
-            "nothing is remembered": ("        self.key, self.value = key, value\n", ""),
+            "nothing is stored": ("        self.key, self.value = key, value\n", ""),
             "the concatenation runs along the heads, not along the positions":
                 ("[self.key, key], dim=2", "[self.key, key], dim=1"),
         },
@@ -457,16 +457,16 @@ EXERCISES = [
             "Four micro-batches of unequal token counts give the gradient of one large batch":
                 ["test_train_all.py::"
                  "test_four_micro_batches_of_unequal_token_counts_give_the_gradient_of_one_large_batch"],
-            "Each micro-batch has dropout and masks of its own":
+            "Each micro-batch has its own dropout and masks":
                 ["test_train_all.py::test_each_micro_batch_has_its_own_masks_and_dropout"],
             "The micro-batch size does not change what is learned":
                 ["test_train_all.py::test_the_micro_batch_size_does_not_change_what_is_learned"],
-            "The steps of training are those of the architecture file's own train":
+            "Training takes the same steps as the architecture file's own train":
                 ["test_train_all.py::"
                  "test_loss_and_steps_equal_those_of_the_architecture_files_own_training"],
         },
         mistakes={
-            "gradients are cleared before each micro-batch, only the last one counts":
+            "gradients are cleared before each micro-batch, so only the last one counts":
                 ("    for j in mine:\n", "    for j in mine:\n        model.zero_grad()\n"),
             "gradients are never cleared": ("    model.zero_grad()\n", ""),
             "the last micro-batch is left out": ("for j in mine:", "for j in mine[:-1] or mine:"),
@@ -487,8 +487,8 @@ EXERCISES = [
     Exercise(
         place="encoder_decoder.py::beam_search_one",
         task="""One step of beam search, the body of the loop: extend every open hypothesis by every token, keep the
-        best, collect what is finished, stop when nothing can become better. What comes before the loop is there, what
-        is returned after it too.""",
+        best, collect what is finished, stop when nothing can become better. The code before the loop
+        and after it is given.""",
         see="README.md, Inference; figures/beam_search_tree.png",
         hints=["A hypothesis is (log_prob, ids), ids starting with SOS_ID. model.decode(ids, memory, source_ids)[0, "
                "-1] are the logits of its next token. Never extend by PAD_ID.",
@@ -498,7 +498,7 @@ EXERCISES = [
                "Stop when the best finished score is at least best / limit**length_penalty, with best the log_prob of "
                "the best open one; and when beam_width finished ones all reach best / length**length_penalty."],
         properties={
-            "The example in the docstring comes out as it says":
+            "The example in the docstring is correct":
                 ["test_beam_search.py::test_the_example_in_the_docstring_is_true"],
             "Width 2 finds the most probable text where greedy decoding misses it":
                 ["test_beam_search.py::"
@@ -529,19 +529,19 @@ EXERCISES = [
     ),
     Exercise(
         place="variations/positional_encodings.py::rotate",
-        task="""Rotary position embedding (RoPE): turn each pair of dimensions of a query or key by an angle
-        proportional to its position, so that the dot product of a rotated query and key depends on their distance.""",
+        task="""Rotary position embedding (RoPE): rotate each pair of dimensions of a query or key by an angle
+        proportional to its position, so that positions enter their dot product only as a distance.""",
         see="README.md, Positional encoding; figures/positional_encoding.png",
         hints=["positions (T, 1) times frequencies (d_k/2) gives angles (T, d_k/2), and from them cosines and sines.",
                "The pairs are (i, i + d_k/2): the first half of the last dimension and the second half.",
-               "Turning (a, b) by an angle gives (a cos - b sin, a sin + b cos)."],
+               "Rotating (a, b) by an angle gives (a cos - b sin, a sin + b cos)."],
         properties={
             "It is multiplication by a complex number of length 1":
                 ["variations/test_positional_encodings.py::test_rotation_is_multiplication_by_a_complex_number"],
-            "The score of a rotated query and key depends on their signed distance alone":
+            "Positions enter the score of a rotated query and key only as their signed distance":
                 ["variations/test_positional_encodings.py::"
                  "test_a_rotated_score_depends_on_the_signed_distance_alone"],
-            "Without distance, rotary attention is the base file's attention":
+            "At distance 0, rotary attention equals the base file's attention":
                 ["variations/test_positional_encodings.py::"
                  "test_without_distance_rotary_attention_is_the_base_attention"],
         },
@@ -551,7 +551,7 @@ EXERCISES = [
                  "    first, second = x[..., ::2], x[..., 1::2]\n    return torch.stack("
                  "[first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(start_dim=-2)"),
             "a sign is wrong, so it is not a rotation": ("first * cos - second * sin", "first * cos + second * sin"),
-            "the minus is missing, so the frequencies grow with i": ("(-torch.arange", "(torch.arange"),
+            "the minus sign is missing, so the frequencies grow with i": ("(-torch.arange", "(torch.arange"),
             "the exponent is i / d_k, not 2i / d_k": ("device=x.device) / half)", "device=x.device) / (2 * half))"),
         },
         examples="""
@@ -561,7 +561,7 @@ EXERCISES = [
     ),
     Exercise(
         place="variations/parameter_efficient_fine_tuning.py::LoRALinear.__init__",
-        task="""LoRA: keep a trained Linear layer as it is, and add an update of low rank beside it. Create what forward
+        task="""LoRA: freeze a trained Linear layer, and add a trainable low-rank update beside it. Create what forward
         uses: inner, scale, and the two new matrices, down (A) and up (B), as Linear layers without bias. Training has
         to start from exactly the base model. Begin with super().__init__().""",
         see="README.md, Advanced topics",
@@ -569,7 +569,7 @@ EXERCISES = [
                "The update is the product B A. It is zero if one of the two is, but if both are, no gradient reaches "
                "either: leave A random and set B to zero."],
         properties={
-            "Before training the model is the base model, to the bit":
+            "Before training the model equals the base model bit for bit":
                 ["variations/test_parameter_efficient_fine_tuning.py::"
                  "test_before_training_it_is_the_base_to_the_bit[LoRA, rank 4]"],
             "It is a Linear layer with the merged weight W + (alpha / r) B A, an update of rank r":

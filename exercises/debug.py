@@ -11,7 +11,7 @@
 The last five are about the bug that was planted last, or about the one given: debug.py 3 check.
 
 The copy is workbench/bug_N/: run it, print, change what you like. The mistakes are those of tests/break_it.py. The
-report is measured: its script runs in the broken copy and in the project, and you see both outputs. The list below says
+report is real: its script runs in the broken copy and in the project, and you see both outputs. The list below says
 what is wrong, so don't read on if you want to find out yourself.
 """
 
@@ -36,12 +36,12 @@ COMMAND = "python exercises/debug.py"
 
 
 class Bug(NamedTuple):
-    """A mistake, and how somebody noticed it.
+    """A mistake, and how a colleague noticed it.
 
     mistake: its name in break_it.BREAKS
     report: what was noticed, without saying why
     script: how it was noticed; it is run, and shown with what it prints
-    tests: those that see the mistake, as pytest names them below tests/
+    tests: those that catch the mistake, as pytest names them below tests/
     """
 
     mistake: str
@@ -93,8 +93,8 @@ BUGS = [
     ),
     Bug(
         "padding counts in the loss",
-        "The number of targets does not add up: a batch of two texts has more of them than its two texts have one by "
-        "one. Since this started, the training loss has been lower than ever, but the model is no better.",
+        "The number of targets does not add up: a batch of two texts has more of them than the two texts have "
+        "separately. Since this started, the training loss has been lower than ever, but the model is no better.",
         """
         import toy_dataset, decoder_only as gpt
         model = gpt.build_model(d_model=32, d_ff=64)
@@ -108,7 +108,7 @@ BUGS = [
     ),
     Bug(
         "positions forget the cache",
-        "The KV cache is supposed to make generation faster, not to change its text. Training is unaffected.",
+        "The KV cache is supposed to make generation faster, not to change its output. Training is unaffected.",
         """
         import torch, decoder_only as gpt
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ BUGS = [
         last = gpt.train(model, loaders, 2, 4e-3, 1, tqdm(disable=True, total=1))[-1]
         print(f"loss {last['loss']:.3f}, exact match {last['exact_match']:.0%}")
         ids = gpt.generate(model, [gpt.make_prompt(342)], 12, temperature=0.0)
-        print(f"for 342 it writes: {gpt.to_words(ids[0])}")
+        print(f"for 342 it generates: {gpt.to_words(ids[0])}")
         """,
         ["test_decoder_only.py::test_the_rows_of_a_causal_mask_are_the_last_positions",
          "test_decoder_only.py::test_changing_a_token_leaves_all_earlier_outputs_exactly_as_they_were",
@@ -151,13 +151,13 @@ BUGS = [
         last = gpt.train(model, loaders, 2, 4e-3, 1, tqdm(disable=True, total=1))[-1]
         print(f"loss {last['loss']:.3f}, exact match {last['exact_match']:.0%}")
         ids = gpt.generate(model, [gpt.make_prompt(342)], 12, temperature=0.0)
-        print(f"for 342 it writes: {gpt.to_words(ids[0])}")
+        print(f"for 342 it generates: {gpt.to_words(ids[0])}")
         """,
         ["test_toy_dataset.py::test_each_target_is_the_next_input"],
     ),
     Bug(
         "padding is attended to",
-        "Each prompt gives the right logits alone. In a batch with a longer prompt, the short one gives "
+        "On its own, each prompt gives the right logits. In a batch with a longer prompt, the short one gives "
         "different ones.",
         """
         import torch, decoder_only as gpt
@@ -206,7 +206,7 @@ BUGS = [
     ),
     Bug(
         "no cross-attention",
-        "The translator writes valid English names of numbers, but not of the numbers that I ask for.",
+        "The translator generates valid English names of numbers, but not of the numbers that I give it.",
         """
         import torch, encoder_decoder as t5
         from tqdm import tqdm
@@ -270,15 +270,15 @@ def run_report(bug: Bug, folder: Path) -> str:
 
 def plant(bug: Bug) -> None:
     """Copy the project, make the mistake in the copy, and write the report."""
-    print("Planting a mistake, and running the script of its report. This can take a minute.\n", flush=True)
+    print("Planting a bug, and running the script of its report. This can take a minute.\n", flush=True)
     folder = workbench.create(bug.name)
     apply(bug.made, folder)
-    text = textwrap.fill(f"Somebody reports: {bug.report}", 98)
+    text = textwrap.fill(f"A colleague reports: {bug.report}", 98)
     text += "\n\nThey ran this:\n\n" + textwrap.indent(inspect.cleandoc(bug.script), "    ")
-    for where, path in (("in your copy", folder), ("in the project, without the mistake", ROOT)):
+    for where, path in (("in your copy", folder), ("in the project, without the bug", ROOT)):
         text += f"\n\nIt prints, {where}:\n\n" + textwrap.indent(run_report(bug, path).rstrip(), "    ")
     (folder / "REPORT.txt").write_text(text + "\n", encoding="utf-8")
-    workbench.note_progress(bug.name, planted=time.time(), hints=0)  # the last step: until here, it is not planted
+    workbench.note_progress(bug.name, planted=time.time(), hints=0)  # last, so that an interrupted run does not count
 
 
 def show_report(bug: Bug) -> None:
@@ -292,7 +292,7 @@ def show_report(bug: Bug) -> None:
 
 
 def check(bug: Bug) -> None:
-    """Whether the tests that see the mistake are green."""
+    """Whether the tests that catch the mistake pass."""
     folder = workbench.folder_of(bug.name)
     for path in sorted(folder.glob("*.py")):
         workbench.read_source(path)
@@ -340,9 +340,9 @@ def show_mistake(bug: Bug) -> None:
     wrong = right.replace(bug.made.old, bug.made.new)
     print("".join(difflib.unified_diff(wrong.splitlines(keepends=True), right.splitlines(keepends=True),
                                        "the bug", path.name, n=2)))
-    print(f"It is in {function_of(bug.made)}, and known as \"{bug.made.name}\". What one would expect of it:")
+    print(f"It is in {function_of(bug.made)}, called \"{bug.made.name}\" in break_it.py. The expected symptom:")
     print(textwrap.fill(bug.made.expected, 98, initial_indent="  ", subsequent_indent="  "))
-    print(f"What a longer training shows:   python tests/break_it.py \"{bug.made.name}\"")
+    print(f"What longer training shows:     python tests/break_it.py \"{bug.made.name}\"")
     if bug.number < len(BUGS):
         print(f"The next bug:                   {COMMAND} {bug.number + 1}")
 

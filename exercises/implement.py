@@ -48,7 +48,7 @@ def find(source: str, name: str) -> ast.FunctionDef:
     for part in name.split("."):
         node = next((item for item in node.body if getattr(item, "name", None) == part), None)
         if node is None:
-            raise InputError(f"there is no {name} in this file any more: write it again, or add --restart.")
+            raise InputError(f"there is no {name} in this file anymore: write it again, or add --restart.")
     return node
 
 
@@ -94,7 +94,7 @@ def path_of(exercise: Exercise) -> Path:
 
 
 def twins_of(exercise: Exercise) -> list[str]:
-    """Other files that contain the same function to the letter."""
+    """Other files that contain an identical copy of the function."""
     function = "".join(function_lines(original_of(exercise), exercise.name))
     files = [path.relative_to(ROOT).as_posix() for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("variations/*.py")])
              if function in path.read_text(encoding="utf-8")]
@@ -144,7 +144,7 @@ def describe_difference(source: str, exercise: Exercise) -> list[str]:
         return []
     first = different[0]
     setup = [code for code, result in zip(examples_of(exercise)[:first], expected) if not result]
-    lines = ["The first example that goes wrong:", ""]
+    lines = ["The first example with a wrong result:", ""]
     lines += textwrap.indent("".join([*setup, examples_of(exercise)[first]]), "  >>> ").splitlines()
     for name, text in (("got", got[first]), ("expected", expected[first])):
         lines += [f"  {name if i == 0 else '':10}{line[:88]}".rstrip()
@@ -177,7 +177,7 @@ def say(text: str, indent: str = "  ") -> None:
 def show_course() -> None:
     """The list of exercises, with what is done."""
     progress = workbench.read_progress()
-    print("Write the pieces of a transformer yourself. The project's own tests say whether they are right.\n")
+    print("Write the pieces of a transformer yourself. The project's own tests grade them.\n")
     for number, exercise in enumerate(EXERCISES, start=1):
         facts = progress.get(exercise.name, {})
         hints = f", {facts['hints']} hint{'s' * (facts['hints'] > 1)}" if "hints" in facts else ""
@@ -200,7 +200,7 @@ def show_task(exercise: Exercise) -> None:
     for sentence in exercise.properties:
         print(textwrap.fill(sentence, 98, initial_indent=" " * 12 + "- ", subsequent_indent=" " * 14))
     if twins := twins_of(exercise):
-        print(f"  (Complete, it is also in {' and '.join(twins)}: try without looking.)")
+        print(f"  (It is also in {' and '.join(twins)}, complete: try without looking.)")
     print(f"\n  Once it is written:  {COMMAND} {exercise.number}\n"
           f"  If you are stuck:    {COMMAND} {exercise.number} --hint")
 
@@ -219,7 +219,7 @@ def tests_of(exercise: Exercise) -> list[str]:
 
 
 def check(exercise: Exercise) -> None:
-    """Run the tests; say for each property whether it holds, and show the first example that goes wrong."""
+    """Run the tests; say for each property whether it holds, and show the first example with a wrong result."""
     source = workbench.read_source(path_of(exercise))
     if is_untouched(source, exercise):
         show_task(exercise)
@@ -248,7 +248,7 @@ def check(exercise: Exercise) -> None:
           f"  run it    python {workbench.shown(path_of(exercise))}\n"
           f"  compare   {COMMAND} {exercise.number} --solution")
     if exercise.number < len(EXERCISES):
-        print(f"  go on     {COMMAND} {exercise.number + 1}")
+        print(f"  next      {COMMAND} {exercise.number + 1}")
 
 
 def show_hint(exercise: Exercise) -> None:
@@ -267,11 +267,11 @@ def show_solution(exercise: Exercise) -> None:
     mine = workbench.read_source(path_of(exercise)) if path_of(exercise).exists() else cut(original, exercise)
     difference = difflib.unified_diff(*(function_lines(source, exercise.name) for source in (mine, original)),
                                       workbench.shown(path_of(exercise)), exercise.file, n=99)
-    print("".join(difference) or "Your code is the original, to the letter.\n", end="")
+    print("".join(difference) or "Your code is identical to the original.\n", end="")
 
 
 def main(*arguments) -> None:
-    """arguments: an exercise and a flag, in this order or the other; neither of them has to be given."""
+    """arguments: an exercise and a flag, in either order, both optional."""
     exercises = [argument for argument in arguments if isinstance(argument, Exercise)]
     flags = [argument for argument in arguments if isinstance(argument, str)]
     if not arguments:

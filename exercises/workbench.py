@@ -23,11 +23,11 @@ from break_it import copy_code  # noqa: E402
 from toy_dataset import InputError  # noqa: E402
 
 WORKBENCH = ROOT / "workbench"
-TIME_LIMIT = 120  # seconds for the tests of one exercise; they take a few, so what takes longer is an endless loop
+TIME_LIMIT = 120  # seconds for the tests of one exercise; they take a few, so if they take longer, a loop is endless
 
 
 class Outcome(NamedTuple):
-    """What became of one test: message is None if it passed, traceback is pytest's short one."""
+    """The result of one test: message is None if it passed, traceback is pytest's short one."""
 
     test: str
     message: str | None
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 
 
 def folder_of(name: str) -> Path:
-    """Where an exercise is worked on."""
+    """The folder of an exercise or bug."""
     return WORKBENCH / name
 
 
@@ -69,7 +69,7 @@ def read_progress() -> dict:
 
 
 def note_progress(name: str, **facts) -> None:
-    """Remember these facts about an exercise, for instance done="2026-11-25"."""
+    """Record these facts about an exercise, for instance done="2026-11-25"."""
     progress = read_progress()
     progress[name] = progress.get(name, {}) | facts
     WORKBENCH.mkdir(exist_ok=True)
@@ -103,7 +103,7 @@ def pytest_command(tests: list[str]) -> list[str]:
 
 
 def show_pytest(folder: Path, tests: list[str]) -> None:
-    """Run the tests and let pytest print what it has to say."""
+    """Run the tests, with pytest's own output."""
     subprocess.run(pytest_command(tests), cwd=folder, timeout=TIME_LIMIT)
 
 
