@@ -545,8 +545,8 @@ def evaluate(model, loader) -> dict:
     exact_match: fraction of the numbers whose every answer token is correct. One wrong word makes the name of another
     number, or no name at all, so there is no partial credit. mistakes: the indices of all others, in loader order.
 
-    Each word is predicted given the true words before it. For greedy decoding that makes no difference: until its first
-    mistake it sees the same prefix, and that mistake counts here too.
+    Each word is predicted given the true words before it. For greedy decoding that makes no difference: up to its first
+    mistake the prefix is the same, and that mistake counts here too.
     """
     was_training = model.training
     model.eval()

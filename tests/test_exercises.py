@@ -169,7 +169,7 @@ def test_an_empty_body_and_each_typical_mistake_fail_and_the_mistake_is_named(ex
                            for change in exercise.mistakes.values())]
     assert [mistake for mistake in (None, *exercise.mistakes) if not first_red[exercise.name, mistake]] == []
     results = {tuple(implement.run_examples(source, exercise)) for source in sources}
-    assert len(results) == len(sources)  # all differ, so whoever makes one of these mistakes is told which
+    assert len(results) == len(sources)  # all differ, so a learner who makes one is told which
 
 
 # --- implement.py, as a learner uses it ---
