@@ -94,8 +94,8 @@ def test_finished_sources_leave_the_batch_without_changing_the_others(num_stay):
         assert [strip(row) for row, value in zip(ids, values) if value > -math.inf] == [row for _, row in alone]
 
 
-def test_as_many_hypotheses_go_on_when_several_end_in_the_same_step():
-    # The best four of step 2 are [B, EOS] 0.36, [A, A] 0.24, [A, EOS] 0.21, [A, B] 0.15: both unfinished ones go on.
+def test_as_many_hypotheses_continue_when_several_end_in_the_same_step():
+    # The best four of step 2 are [B, EOS] 0.36, [A, A] 0.24, [A, EOS] 0.21, [A, B] 0.15: both unfinished ones continue.
     model = TableModel({SOS_ID: PAPER | {A: {A: 0.4, EOS_ID: 0.35, B: 0.25}}})
     assert [ids for _, ids in both(model, [SOS_ID], 2, 1.0)] == [[B, EOS_ID], [A, B, EOS_ID]]
 
