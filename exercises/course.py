@@ -540,10 +540,10 @@ EXERCISES = [
                 ["variations/test_positional_encodings.py::test_rotation_is_multiplication_by_a_complex_number"],
             "Positions enter the score of a rotated query and key only as their signed distance":
                 ["variations/test_positional_encodings.py::"
-                 "test_a_rotated_score_depends_on_the_signed_distance_alone"],
-            "At distance 0, rotary attention equals the base file's attention":
+                 "test_positions_enter_a_rotated_score_only_as_their_signed_distance"],
+            "With all positions 0, rotary attention equals the base file's attention":
                 ["variations/test_positional_encodings.py::"
-                 "test_without_distance_rotary_attention_is_the_base_attention"],
+                 "test_with_all_positions_0_rotary_attention_equals_the_base_attention"],
         },
         mistakes={
             "the pairs are neighbors, (2i, 2i + 1), not (i, i + d_k/2)":
@@ -571,7 +571,7 @@ EXERCISES = [
         properties={
             "Before training the model equals the base model bit for bit":
                 ["variations/test_parameter_efficient_fine_tuning.py::"
-                 "test_before_training_it_is_the_base_to_the_bit[LoRA, rank 4]"],
+                 "test_before_training_it_equals_the_base_bit_for_bit[LoRA, rank 4]"],
             "It is a Linear layer with the merged weight W + (alpha / r) B A, an update of rank r":
                 ["variations/test_parameter_efficient_fine_tuning.py::"
                  "test_lora_is_a_linear_layer_with_the_merged_weight"],

@@ -36,7 +36,7 @@ def test_prompts_of_different_lengths_continue_in_one_batch_as_they_do_alone(mod
 
 
 @pytest.mark.skipif(not hasattr(F, "rms_norm"), reason="F.rms_norm is new in torch 2.4")
-def test_rmsnorm_is_pytorchs_forward_and_backward():
+def test_rmsnorm_equals_pytorchs_forward_and_backward():
     x, norm = torch.randn(3, 5, 16, requires_grad=True), RMSNorm(16)
     norm.weight.data.normal_()
     found, expected = norm(x), F.rms_norm(x, (16,), norm.weight, ablations.EPSILON)
@@ -67,7 +67,7 @@ def test_an_exchanged_activation_acts_between_the_two_projections(name, activati
 
 
 @pytest.mark.parametrize("module", [decoder_only, encoder_only])
-def test_post_norm_layers_are_pytorchs(module):
+def test_post_norm_layers_equal_pytorchs(module):
     model, x = tiny(module), torch.randn(2, 5, 32)
     ablations.set_post_norm(model)
     layer = model.layers[0]
@@ -91,7 +91,7 @@ def test_without_norms_there_are_none_and_with_rmsnorm_no_layernorm_is_left():
         assert not any(isinstance(module, nn.LayerNorm) for module in model.modules())
 
 
-def test_untied_embeddings_start_as_the_tied_ones_and_part_in_training():
+def test_untied_embeddings_start_equal_and_diverge_in_training():
     base, model = tiny(decoder_only), tiny(decoder_only)
     ablations.set_untied(model)
     assert torch.equal(model(IDS), base(IDS))
@@ -100,14 +100,14 @@ def test_untied_embeddings_start_as_the_tied_ones_and_part_in_training():
     assert (model.embedding.input_table.grad[3] == 0).all()  # <CLS> is not read: no gradient through the input
 
 
-def test_without_the_factor_the_embedding_enters_as_it_is():
+def test_without_the_factor_the_embedding_enters_unscaled():
     model = tiny(decoder_only)
     ablations.set_unscaled(model)
     plain = model.embed(IDS, torch.arange(IDS.size(1))) - model.positional_encoding(torch.arange(IDS.size(1)))
     torch.testing.assert_close(plain, model.embedding.weight[IDS], atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_goes_where_it_is_asked_for_and_nowhere_else():
+def test_dropout_acts_in_the_chosen_places_and_nowhere_else():
     model = tiny(decoder_only)
     ablations.set_dropout(model, weights=0.3)
     assert model.dropout.p == 0 and {layer.dropout.p for layer in model.layers} == {0}

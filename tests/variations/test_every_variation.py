@@ -33,7 +33,7 @@ def test_the_examples_in_docstrings_are_true(path):
     assert doctest.testmod(importlib.import_module(f"variations.{path.stem}")).failed == 0
 
 
-def test_what_carries_the_same_name_in_two_variations_is_written_the_same():
+def test_what_has_the_same_name_in_two_variations_is_written_the_same():
     found = defaultdict(dict)
     for path in PATHS:
         text = path.read_text()

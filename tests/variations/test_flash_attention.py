@@ -30,7 +30,7 @@ def masks(T, S):
 
 @pytest.mark.parametrize("kind", ["none", "causal", "padding", "both"])
 @pytest.mark.parametrize("T, S, tile", [(6, 6, 2), (7, 7, 3), (5, 9, 4), (1, 9, 4), (6, 6, 100)])
-def test_output_and_gradients_are_pytorchs_whatever_the_tiles(T, S, tile, kind):
+def test_output_and_gradients_equal_pytorchs_whatever_the_tiles(T, S, tile, kind):
     mask, tensors = masks(T, S)[kind], inputs(T, S)
     found, expected = tiled_attention(*tensors, mask, tile=tile), F.scaled_dot_product_attention(*tensors, mask)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -54,7 +54,7 @@ def test_a_fully_masked_row_and_half_precision_stay_finite(dtype):
     assert output.dtype == dtype and all(tensor.isfinite().all() for tensor in (output, *gradients))
 
 
-def test_the_backward_pass_keeps_nothing_of_size_t_times_t():
+def test_nothing_of_size_t_times_t_is_stored_for_the_backward_pass():
     for attend, factor in ((flash_attention.written_out, 16), (tiled_attention, 4)):
         kept = [saved_bytes(attend, random_inputs(length)) for length in (128, 512)]
         assert kept[1] / kept[0] == pytest.approx(factor, rel=0.1)

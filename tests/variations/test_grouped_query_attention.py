@@ -18,7 +18,7 @@ def model(request):
     return exchange(tiny(decoder_only), request.param).eval()
 
 
-def test_with_as_many_groups_as_heads_it_is_the_base_attention_to_the_bit():
+def test_with_as_many_groups_as_heads_it_equals_the_base_attention_bit_for_bit():
     base, model = tiny(decoder_only), exchange(tiny(decoder_only), 4, "mean")
     ids = torch.tensor([PROMPTS[3]])
     assert torch.equal(model(ids), base(ids))

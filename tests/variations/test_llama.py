@@ -38,7 +38,7 @@ def test_cached_generation_gives_the_recomputed_tokens(model):
         assert torch.equal(cached, recomputed)
 
 
-def test_logits_with_the_cache_are_those_without_at_every_step_and_whatever_the_padding(model):
+def test_logits_are_the_same_with_and_without_the_cache_whatever_the_padding(model):
     ids = torch.tensor([[0] * (8 - len(prompt)) + prompt for prompt in PROMPTS])
     cache, expected = model.new_cache(), model(ids)
     steps = [model(ids[:, :length], cache) for length in (5, 6, 8)]  # 5 positions, then 1, then 2
@@ -77,7 +77,7 @@ def llama_batch():
     return decoder_only.toy_dataset.pad_batch([decoder_only.toy_dataset.decoder_only_example(n) for n in (7, 90210)])
 
 
-def test_rms_norm_is_torchs_forward_and_backward():
+def test_rms_norm_equals_torchs_forward_and_backward():
     norm = RMSNorm(8)
     torch.nn.init.normal_(norm.weight)
     x, y = (torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
@@ -114,7 +114,7 @@ def test_swiglu_has_the_parameters_of_the_feed_forward_network_up_to_rounding(mo
     assert SwiGLU(8, 16384).gate.out_features == 11008  # Llama 7B: D_MODEL = 4096, D_FF = 4 * 4096
 
 
-def test_as_many_key_value_heads_as_heads_and_no_rotation_is_the_base_attention_bit_for_bit():
+def test_with_as_many_key_value_heads_as_heads_and_no_rotation_it_equals_the_base():
     base, ours = decoder_only.MultiHeadAttention(16, 4, 0.0), LlamaAttention(16, 4, 0.0, 4, rotary=False)
     ours.load_state_dict(base.state_dict())
     x = torch.randn(2, 5, 16)
@@ -122,7 +122,7 @@ def test_as_many_key_value_heads_as_heads_and_no_rotation_is_the_base_attention_
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_attention_is_the_fused_version_on_rotated_queries_and_grouped_keys(num_kv_heads):
+def test_attention_equals_the_fused_version_on_rotated_queries_and_grouped_keys(num_kv_heads):
     attention, x = LlamaAttention(16, 4, 0.0, num_kv_heads, rotary=True), torch.randn(2, 5, 16)
     query, key, value = (attention.split_heads(project(x))
                          for project in (attention.query, attention.key, attention.value))
@@ -134,7 +134,7 @@ def test_attention_is_the_fused_version_on_rotated_queries_and_grouped_keys(num_
     torch.testing.assert_close(attention(x, causal(5)), attention.output(torch.cat(heads, dim=-1)))
 
 
-def test_rotation_turns_each_pair_of_a_dimension_and_the_one_half_the_width_further_on():
+def test_rotation_pairs_each_dimension_with_the_one_half_the_width_away():
     x, d_k = torch.randn(7, 6), 6
     expected = torch.empty_like(x)
     for position in range(7):

@@ -34,13 +34,13 @@ def moved(method):
 
 
 @pytest.mark.parametrize("method", [*LORA, "adapters", "biases only", "last layer", "full fine-tuning"])
-def test_before_training_it_is_the_base_to_the_bit(method):
+def test_before_training_it_equals_the_base_bit_for_bit(method):
     base, model = tiny(decoder_only), exchange(tiny(decoder_only), method)
     assert torch.equal(model(IDS), base(IDS))
 
 
 @pytest.mark.parametrize("method", ADDED)
-def test_taken_out_after_training_it_is_the_base_to_the_bit(method):
+def test_removed_after_training_it_equals_the_base_bit_for_bit(method):
     base, model = tiny(decoder_only), exchange(tiny(decoder_only), method)
     decoder_only.train_step(model, batches_of([342, 7], "units first", 2)[0],
                             decoder_only.create_optimizer(model), 0.1)
@@ -61,14 +61,14 @@ def test_a_step_changes_what_is_trained_and_nothing_else(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_stored_makes_the_same_model_from_the_base(method):
+def test_what_is_stored_restores_the_same_model_from_the_base(method):
     model, other = moved(method), exchange(tiny(decoder_only), method)
     other.load_state_dict(trained_parameters(model), strict=False)
     assert torch.equal(other(IDS), model(IDS))
 
 
 @pytest.mark.parametrize("method", ADDED)
-def test_cached_generation_and_mixed_lengths_give_what_recomputing_alone_gives(method):
+def test_cached_generation_and_mixed_lengths_give_the_tokens_of_recomputing_alone(method):
     model = moved(method)
     cached, recomputed = (decoder_only.generate(model, PROMPTS, use_cache=use_cache) for use_cache in (True, False))
     assert torch.equal(cached, recomputed)
@@ -78,7 +78,7 @@ def test_cached_generation_and_mixed_lengths_give_what_recomputing_alone_gives(m
 
 
 @pytest.mark.parametrize("method", ADDED)
-def test_padding_changes_nothing_and_later_tokens_do_not_reach_back(method):
+def test_padding_and_later_tokens_change_nothing(method):
     model, alone = moved(method), moved(method)(IDS)
     torch.testing.assert_close(model(torch.nn.functional.pad(IDS, (3, 0)))[:, 3:], alone, atol=1e-5, rtol=1e-4)
     assert torch.equal(model(torch.nn.functional.pad(IDS, (0, 1), value=20))[:, :-1], alone)
@@ -100,7 +100,7 @@ def test_merging_changes_no_logit_beyond_rounding_and_leaves_a_plain_model(metho
     assert model.state_dict().keys() == tiny(decoder_only).state_dict().keys()
 
 
-def test_a_prefix_is_what_tokens_before_the_text_would_leave_in_the_cache():
+def test_a_prefix_acts_like_the_cached_keys_and_values_of_earlier_tokens():
     torch.manual_seed(0)
     attention = tiny(decoder_only).layers[0].attention
     x, causal, cache = torch.randn(1, 7, 32), decoder_only.make_causal_mask(7, 7), decoder_only.KVCache()

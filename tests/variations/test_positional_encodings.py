@@ -30,7 +30,7 @@ def test_cached_generation_gives_the_recomputed_tokens(model):
     assert torch.equal(cached, recomputed)
 
 
-def test_logits_with_the_cache_are_those_without_at_every_step_and_whatever_the_padding(model):
+def test_logits_are_the_same_with_and_without_the_cache_whatever_the_padding(model):
     ids = torch.tensor([[0] * (8 - len(prompt)) + prompt for prompt in PROMPTS])
     cache, expected = model.new_cache(), model(ids)
     steps = [model(ids[:, :length], cache) for length in (5, 6, 8)]  # 5 positions, then 1, then 2
@@ -67,7 +67,7 @@ def test_rotation_is_multiplication_by_a_complex_number():
     torch.testing.assert_close(rotate(x, positions), torch.cat([numbers.real, numbers.imag], dim=-1))
 
 
-def test_a_rotated_score_depends_on_the_signed_distance_alone():
+def test_positions_enter_a_rotated_score_only_as_their_signed_distance():
     query, key = torch.randn(1, 8), torch.randn(1, 8)
 
     def score(t, s):
@@ -85,7 +85,7 @@ def test_rotary_attention_rotates_keys_before_caching_and_never_values():
     torch.testing.assert_close(cache.value, plain_value)
 
 
-def test_without_distance_rotary_attention_is_the_base_attention():
+def test_with_all_positions_0_rotary_attention_equals_the_base_attention():
     base = decoder_only.MultiHeadAttention(16, 2, 0.0)
     attention = RotaryAttention(16, 2, 0.0)
     attention.load_state_dict(base.state_dict())
@@ -114,7 +114,7 @@ def test_models_of_one_seed_start_from_the_same_weights_in_every_encoding():
         assert torch.equal(rotary.state_dict()[name], weight) and torch.equal(biased.state_dict()[name], weight)
 
 
-def test_biased_attention_is_fused_attention_with_the_bias_as_a_float_mask():
+def test_biased_attention_equals_fused_attention_with_the_bias_as_a_float_mask():
     model = exchange(tiny(decoder_only), "ALiBi")
     attention, x = model.layers[0].attention, torch.randn(2, 6, 32)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -132,7 +132,7 @@ def test_interpolation_makes_a_long_text_look_as_long_as_a_short_one():
     torch.testing.assert_close(near, far)
 
 
-def test_the_larger_base_slows_the_slowest_rotation_by_the_stretch_and_the_fastest_not_at_all():
+def test_a_larger_base_slows_the_slowest_rotation_by_the_stretch_and_not_the_fastest():
     x, d_k, factor = torch.randn(1, 8), 8, 4.0
     plain, slowed = (rotate(x, torch.tensor([t]), base)
                      for t, base in ((3.0, 10_000.0), (12.0, 10_000.0 * factor ** (d_k / (d_k - 2)))))
@@ -157,7 +157,7 @@ def test_rows_differ_when_their_ranges_over_the_seeds_do_not_overlap():
     assert not positional_encodings.differ([1, 3, 5], [4, 6, 8])
 
 
-def test_what_cannot_work_is_refused_with_the_constants_in_question(monkeypatch):
+def test_invalid_constants_are_refused_by_name(monkeypatch):
     with pytest.raises(positional_encodings.InputError, match="D_MODEL / NUM_HEADS = 3 must be even"):
         RotaryAttention(12, 4, 0.0)
     monkeypatch.setattr(positional_encodings, "TEST_PAIRS", (1, 2))

@@ -96,7 +96,7 @@ def test_reward_and_kl_of_the_optimum_are_those_of_the_reweighted_start_model(be
     assert optimum((START * REWARDS).sum().item(), beta) == pytest.approx(expected)
 
 
-def test_without_a_price_the_optimum_is_the_start_model_restricted_to_rewarded_texts():
+def test_without_the_kl_penalty_the_optimum_is_the_start_model_on_rewarded_texts():
     assert optimum(0.3, 0) == (1.0, -math.log(0.3)) == pytest.approx(optimum(0.3, 0.01))
 
 

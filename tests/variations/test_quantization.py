@@ -77,7 +77,7 @@ def test_packing_loses_nothing_and_takes_exactly_the_bits(bits, count):
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_a_packed_file_gives_back_the_rounded_model(granularity, tmp_path):
+def test_a_packed_file_restores_the_rounded_model(granularity, tmp_path):
     model = exchange(tiny(decoder_only), 3, granularity)
     size = save_packed(model, tmp_path / "model.pt")
     other = load_packed(exchange(tiny(decoder_only, seed=1), 3, granularity), tmp_path / "model.pt")

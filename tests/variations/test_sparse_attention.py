@@ -1,4 +1,4 @@
-"""Sparse attention: the patterns are what they say, the ceiling is right on paper, and nobody sees past the reach."""
+"""Sparse attention: patterns as described, the ceiling is right on paper, no output depends on more than its reach."""
 
 import encoder_only
 import pytest
@@ -16,13 +16,13 @@ def name(request):
     return request.param
 
 
-def test_a_window_as_long_as_the_text_is_full_attention_to_the_bit():
+def test_a_window_as_long_as_the_text_equals_full_attention_bit_for_bit():
     ids = torch.tensor([encoder_only.to_ids("<CLS> 3 4 2 7 1 <SEP>".split())])
     base, model = tiny(encoder_only, task="tagging"), tiny(encoder_only, task="tagging")
     assert torch.equal(exchange(model, lambda T: window(T, T))(ids), base(ids))
 
 
-def test_what_is_not_attended_to_gets_exactly_no_weight(name):
+def test_masked_positions_get_exactly_zero_weight(name):
     model, maps = exchange(tiny(encoder_only, task="tagging"), PATTERNS[name]), []
     model(torch.tensor([encoder_only.to_ids(["<CLS>", *"1234567890", "<SEP>"])]), maps)
     for weights in maps:
@@ -80,7 +80,7 @@ def test_full_attention_has_no_ceiling_and_blindness_the_lowest():
     assert ceiling(lambda T: torch.eye(T, dtype=torch.bool), 3, 12) == pytest.approx(12 / 78)  # each digit one guess
 
 
-def test_what_looks_alike_is_alike_for_every_model():
+def test_equal_views_give_equal_outputs_whatever_the_weights():
     # Two lengths with the same view at digit 2: whatever the weights, the output there is the same.
     pattern = PATTERNS["window"]
     assert views(pattern, 9, 2)[2] == views(pattern, 12, 2)[2] and views(pattern, 9, 2)[7] != views(pattern, 12, 2)[7]
