@@ -623,12 +623,13 @@ def guide_sentences(found: dict) -> list[str]:
         gains = [after - before for before, after in zip(greedy["by_seed"]["exact"], beam["by_seed"]["exact"])]
         verdict = "equal to"
         if differ(gains, [0.0]):
-            verdict = "better than" if gains[0] > 0 else "worse than"
+            verdict = "in every seed " + ("better than" if gains[0] > 0 else "worse than")
         sentences.append(
             f"Beam search with the {greedy['model']} model: {verdict} greedy ({beam['exact']:.1%} exact, greedy "
-            f"{greedy['exact']:.1%}), in {beam['ms_per_answer'] / greedy['ms_per_answer']:.1f} times the time.")
-    return [f"Labels before the input is complete: no causal tagger can expect more than {wall['ceiling']:.1%} of the "
-            f"digits. Decoder-only measured {wall['causal']:.1%}; after reading all, {wall['after_reading']:.1%}.",
+            f"{greedy['exact']:.1%}), at {beam['ms_per_answer'] / greedy['ms_per_answer']:.1f} times the cost.")
+    return [f"Labels before the input is complete: no causal tagger can expect to label more than "
+            f"{wall['ceiling']:.1%} of the digits correctly. Decoder-only measured {wall['causal']:.1%}; after reading "
+            f"all, {wall['after_reading']:.1%}.",
             *sentences,
             f"KV cache: after {cache['lengths'][-1]:,} tokens the next one takes {cache['cached_ms'][-1]:.2f} ms, and "
             f"{cache['recomputed_ms'][-1]:.2f} ms without the cache.",
@@ -670,9 +671,9 @@ def show_measurements(found: dict) -> None:
     names = {"ceiling": "optimal causal tagger (expected)", "causal": "decoder-only, while reading",
              "after_reading": "decoder-only, after reading", "bidirectional": "encoder-only",
              "encoder_decoder": "encoder-decoder"}
-    show("THE WALL: accuracy per digit on place values in percent, overall and by position from the left. How many "
-         "digits follow decides the place value of the 3 in 342. The first row is computed, not trained: the expected "
-         "accuracy of the optimal tagger that sees only the digits so far.",
+    show("THE WALL: accuracy per digit on place values in percent, overall and by position from the left. The place "
+         "value of the 3 in 342 depends on how many digits follow. The first row is computed, not trained: the "
+         "expected accuracy of the optimal tagger that sees only the digits so far.",
          " ".join(["all", *map(str, range(1, MAX_DIGITS + 1))]),
          [(name, *(f"{100 * share:.1f}" for share in [wall[key], *wall["by_position"][key]]))
           for key, name in names.items()])
@@ -683,7 +684,7 @@ def show_measurements(found: dict) -> None:
            *percent(row["by_seed"]["new"]), row["ms_per_answer"]) for row in found["strategies"]])
     show(f"BEAM SEARCH: encoder-decoder, {NUM_SAMPLES} held-out numbers. The undertrained model has seen "
          f"{UNDERTRAINED:,} training numbers once. likelier, less: share of the texts whose log-probability is higher, "
-         "or lower, than that of greedy's text. log-p: its mean. ms: of one name in a batch.",
+         "or lower, than that of greedy's text. log-p: the mean log-probability. ms: per name, batched.",
          "exact range log-p likelier less ms",
          [(f"{row['model']}, {row['method']}", *percent(row["by_seed"]["exact"]), f"{row['log_probability']:.4f}",
            100 * row["likelier"], 100 * row["less_likely"], row["ms_per_answer"]) for row in found["beam"]])

@@ -375,8 +375,8 @@ def percent(share: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio as text, also where it is small: 6.2 times, 1/405 of."""
-    return f"{ratio:,.1f} times" if ratio >= 1 else f"1/{1 / ratio:,.0f} of"
+    """A ratio as text, also where it is small: 6.2 times, 1/405."""
+    return f"{ratio:,.1f} times" if ratio >= 1 else f"1/{1 / ratio:,.0f}"
 
 
 PERCENT_TICKS = {"ticks": [0, 0.5, 1], "labels": ["0%", "50%", "100%"]}
@@ -508,7 +508,7 @@ def draw_positional_encoding(table: torch.Tensor) -> Figure:
 
 def draw_masks(masks: dict) -> Figure:
     """masks: as example_masks returns them."""
-    title = "A padding mask hides padding, a causal mask the future; combined with & they hide both"
+    title = "A padding mask hides padding, a causal mask hides the future; & combines them"
     figure = new_figure(title, 7.4,
                         "Rows: queries. Filled: the keys they may attend to. For 42, padded beside 342.")
     colors = [ENCODER_ONLY, DECODER_ONLY, DECODER_ONLY, ENCODER_DECODER]
@@ -557,8 +557,8 @@ def draw_gradient_flow(found: dict) -> Figure:
     num_steps = max(steps for _, steps in found)
     depth = len(found["pre-norm", 0])
     post, pre = (times(found[name, num_steps][0] / found[name, num_steps][-1]) for name in ("post-norm", "pre-norm"))
-    title = (f"After {num_steps} steps layer 1's gradient is {post} layer {depth}'s with post-norm, {pre} it with "
-             "pre-norm")
+    title = (f"Layer 1's gradient after {num_steps} steps, relative to layer {depth}'s: {post} with post-norm, {pre} "
+             "with pre-norm")
     lines = []
     for (name, steps), norms in found.items():
         color, marker = (INK, "o") if name == "pre-norm" else (PURPLE, "s")
@@ -863,8 +863,8 @@ def draw_comparison_matrix(comparison: dict) -> Figure:
     cells = comparison["cells"]
     native = min(cell["sequence_accuracy"] for cell in cells if cell["native"])
     other = min(cell["sequence_accuracy"] for cell in cells if not cell["native"])
-    title = (f"Framed: each architecture's native task, at least {percent(native)} accurate. Elsewhere accuracy falls "
-             f"to {percent(other)}")
+    title = (f"Framed: each architecture's native task, at least {math.floor(1000 * native) / 10}% accurate. "
+             f"Elsewhere accuracy falls to {percent(other)}")
     note = ("Held-out exact match (generate: valid samples): mean, and range over the training seeds. Below: latency. "
             "Same width, layers per stack, data and steps.")
     figure = new_figure(title, 5.6, note)

@@ -299,8 +299,8 @@ def test_the_title_on_gradients_compares_the_first_layer_with_the_last_after_tra
     found = {("pre-norm", 0): [1.0, 1.0], ("pre-norm", 9): [6.0, 4.0], ("post-norm", 0): [1.0, 1.0],
              ("post-norm", 9): [0.5, 20.0]}
     figure = visualizations.draw_gradient_flow(found)
-    assert (" ".join(figure.get_suptitle().split()) == "After 9 steps layer 1's gradient is 1/40 of layer 2's with "
-            "post-norm, 1.5 times it with pre-norm")
+    assert (" ".join(figure.get_suptitle().split()) == "Layer 1's gradient after 9 steps, relative to layer 2's: "
+            "1/40 with post-norm, 1.5 times with pre-norm")
     assert lines_of(figure.axes[0]) == {f"{name}, " + (f"after {steps} steps" if steps else "untrained"): norms
                                         for (name, steps), norms in found.items()}
 
