@@ -1,0 +1,541 @@
+"""mixture_of_experts.py - many feed-forward networks, of which each token uses one or two.
+
+The problem. In a dense model every token is multiplied with every weight: more parameters cost more time per token.
+But a weight that stores something about one token is of little use to most others.
+
+The idea. In place of a layer's feed-forward network put E of them, the experts, and a router: a linear map with a
+softmax, which gives each token a probability p_i for each expert. Only the k most probable experts process the token;
+their outputs are added, weighted by gates g_i:
+
+    p = softmax(router(x))                 y = sum of g_i * FFN_i(x) over the k chosen experts
+    top-1 (Switch)    g = p of the chosen expert
+    top-2 (Mixtral)   g_i = p_i / (p_1 + p_2), which equals a softmax over the two largest logits alone
+
+Parameters grow with E, multiplications per token with k: total and active parameters become two separate numbers. On
+paper, with probabilities 0.6, 0.3 and 0.1:
+
+>>> choose_experts(torch.tensor([[0.6, 0.3, 0.1]]), top_k=1)
+(tensor([[0.6000]]), tensor([[0]]))
+>>> choose_experts(torch.tensor([[0.6, 0.3, 0.1]]), top_k=2)
+(tensor([[0.6667, 0.3333]]), tensor([[0, 1]]))
+
+Balance. The router is trained through the experts that it chose, so an expert that is chosen early improves early and
+is chosen more. Large models collapse onto a few experts this way. The usual remedy is a second loss in each layer:
+
+    loss = cross-entropy + BALANCE * sum over layers of (E * sum_i f_i P_i)
+    f_i: share of the choices that went to expert i        P_i: mean probability of expert i
+    1 if f or P is uniform; E / k if k experts receive everything, with certainty
+
+Capacity. With experts on different devices, all wait for the busiest one, and buffers have a fixed size. So an expert
+accepts at most C = ceil(capacity_factor * k * N / E) of a batch's N tokens. The others are dropped: they pass through
+the residual connection only. First choices are served before second ones, earlier tokens before later ones. Padding
+is never routed: it would fill the buffers, and the balancing loss would balance padding.
+
+With a capacity, the output for a token depends on the other texts in its batch, and for second choices on later tokens
+of its own text. Here the capacity therefore applies to training only, so that generation gives a prompt the same
+answer alone and in a batch. Real systems differ: Switch and GShard keep a capacity at inference; the published code of
+Mixtral has none, and DeepSeek-V3 drops no tokens, in training or at inference.
+
+Papers: Shazeer et al. 2017 (section 2.1, and 4 for balancing); Lepikhin et al. 2020 (GShard, section 2.2: top-2,
+capacity); Fedus et al. 2021 (Switch, section 2.1 for top-1 and 2.2 for capacity and loss); Jiang et al. 2024 (Mixtral,
+section 2.1); Jelassi et al. 2024 ("Mixture of Parrots": experts help memory more than reasoning). Simplified: no noise
+on the router's logits, all experts on one device, and a loop over the experts where large systems run one grouped
+matrix product. At this size the loop's overhead, not arithmetic, dominates the time of a step.
+
+What you will see (about three minutes on two CPU cores): two tasks. FACTS, numbers with a random word each, can only be
+memorized; NAMES, the base's task, follows a rule. Dense models of equal active and of equal total size against top-1
+and top-2, with and without balancing and capacity; the load of the experts over training; and which expert takes which
+word and digit, in figures/variations/mixture_of_experts.png.
+"""
+
+import math
+import random
+import statistics
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+import torch.nn as nn
+from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+
+import decoder_only
+from toy_dataset import DIGITS, IGNORE, TOKEN_TO_ID, VOCABULARY, WORDS, InputError, Splits, run_script, to_ids
+
+# ======================================================================================================
+# CONSTANTS: change one, run again
+# ======================================================================================================
+
+NUM_EXPERTS = 8           # E, in each layer. Try 2, 32
+BALANCE = 0.01            # weight of the balancing loss, as in Switch. Try 1: what does perfect balance cost?
+CAPACITY_FACTOR = 1.0     # of the rows with a capacity: 1 has room for perfect balance only. Try 1.25, 2
+
+D_MODEL = 32              # small, so that most parameters are in the experts. Try 64
+D_FF = 16                 # inner width of one expert, and of the dense model with the same active parameters
+NUM_HEADS = 2
+SEEDS = (0, 1, 2)         # of initial weights, facts and order of batches
+
+# Each task has one learning rate for all rows, out of 8e-3, 1.6e-2 and 2.4e-2, tried with two seeds: on the facts the
+# same one is best for every dense model and every mixture; on the names it is the best on average over the rows.
+NUM_FACTS = 1500          # numbers with a random word. Try 500, 6000: when does which model run out of space?
+FACT_EPOCHS = 50
+FACT_BATCH_SIZE = 250
+FACT_LEARNING_RATE = 1.6e-2
+NAME_EPOCHS = 3           # passes over the base's training numbers
+NAME_BATCH_SIZE = 128
+NAME_LEARNING_RATE = 2.4e-2
+TIMED_STEPS = 9           # of each row, for the median
+FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "mixture_of_experts.png"
+
+# ======================================================================================================
+# THE EXCHANGED PART
+# ======================================================================================================
+
+
+def choose_experts(probabilities, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities (N, E) -> gates and chosen experts, both (N, k), the most probable expert first.
+
+    Choosing has no gradient: the router learns through the gates alone. That is why top-1 keeps the probability itself.
+    Divided by the sum over the chosen, a single gate would be 1 whatever the router says, and its gradient 0.
+    """
+    gates, chosen = probabilities.topk(top_k, dim=-1)                                   # (N, k), (N, k)
+    if top_k > 1:
+        gates = gates / gates.sum(dim=-1, keepdim=True)
+    return gates, chosen
+
+
+def balance_loss(probabilities, chosen) -> torch.Tensor:
+    """E * sum_i f_i P_i  (Switch, equation 4). Probabilities (N, E), chosen experts (N, k) -> a scalar.
+
+    Counting has no gradient, so f is a constant: each expert's probability is pushed down in proportion to its load.
+
+    >>> even, one = torch.tensor([[0.8, 0.2], [0.2, 0.8]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    >>> [balance_loss(p, choose_experts(p, top_k=1)[1]).item() for p in (even, one)]
+    [1.0, 2.0]
+
+    1 is the value for uniform routing, not a lower bound: it is less where many narrow decisions favor one expert.
+
+    >>> narrow = torch.tensor([[0.51, 0.49], [0.51, 0.49], [0.01, 0.99]])
+    >>> round(balance_loss(narrow, choose_experts(narrow, top_k=1)[1]).item(), 2)
+    0.9
+    """
+    E = probabilities.size(1)
+    f = torch.bincount(chosen.flatten(), minlength=E) / chosen.numel()                  # (E)
+    P = probabilities.mean(dim=0)                                                       # (E)
+    return E * (f * P).sum()
+
+
+class AddLoss(torch.autograd.Function):
+    """Returns x unchanged; its backward pass trains `loss` as well, as if it had been added to the training loss.
+
+    In a training loop of your own, add the layers' losses to the cross-entropy and skip this class. Here
+    decoder_only.train stays as it is. All that adding a term to a loss does to the gradients is to start a backward
+    pass from that term with d(a + b)/db = 1, and that can happen anywhere in the graph. (Megatron-LM does it this way
+    too.) The loss that train reports remains the cross-entropy, comparable with that of a dense model. With gradient
+    accumulation, divide BALANCE by the number of micro-batches.
+    """
+
+    @staticmethod
+    def forward(ctx, x, loss):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.new_ones(())
+
+
+class MixtureOfExperts(nn.Module):
+    """In place of decoder_only.FeedForward: E of them, of which each token uses top_k."""
+
+    def __init__(self, d_model: int, d_ff: int, num_experts: int, top_k: int, balance: float,
+                 capacity_factor: float | None):
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"top_k = {top_k} experts cannot be chosen out of {num_experts}.")
+        self.top_k, self.balance, self.capacity_factor = top_k, balance, capacity_factor
+        self.router = nn.Linear(d_model, num_experts, bias=False)
+        self.experts = nn.ModuleList(decoder_only.FeedForward(d_model, d_ff) for _ in range(num_experts))
+        self.experts.apply(decoder_only.init_weights)
+        # A list, to which each pass appends its probabilities (N, E), choices (N, k) and number of dropped choices.
+        self.log = None
+
+    def forward(self, x, real):
+        """x (B, T, C) -> (B, T, C). real (B, T): True where a token stands; at padding the output is 0."""
+        tokens = x[real]                                                                # (N, C): one list, no padding
+        probabilities = self.router(tokens).softmax(dim=-1)                             # (N, E)
+        gates, chosen = choose_experts(probabilities, self.top_k)                       # (N, k), (N, k)
+        capacity = None
+        if self.training:
+            gates = AddLoss.apply(gates, self.balance * balance_loss(probabilities, chosen))
+            if self.capacity_factor is not None:
+                capacity = math.ceil(self.capacity_factor * chosen.numel() / len(self.experts))
+        mixed, processed = torch.zeros_like(tokens), 0
+        for e, expert in enumerate(self.experts):
+            # Which tokens chose e, and as which of their choices. Transposed, first choices of all tokens come before
+            # second ones; the capacity cuts off the end.
+            rank, token = (chosen.T == e).nonzero(as_tuple=True)                        # (n), (n)
+            rank, token = rank[:capacity], token[:capacity]
+            # y += g_e * FFN_e(x), for all tokens of this expert at once.
+            mixed = mixed.index_add(0, token, gates[token, rank, None] * expert(tokens[token]))
+            processed += len(token)
+        if self.log is not None:
+            self.log.append((probabilities.detach(), chosen, chosen.numel() - processed))
+        output = torch.zeros_like(x)
+        output[real] = mixed
+        return output                                                                   # (B, T, C)
+
+
+class MixtureLayer(decoder_only.DecoderLayer):
+    """decoder_only.DecoderLayer, except that the experts are told which positions hold tokens.
+
+    A feed-forward network needs no mask: what it computes at padding is never read. A router's statistics are read.
+    """
+
+    def forward(self, x, mask, cache=None, attention_maps=None):
+        x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, attention_maps))
+        # The last position may attend to every token that is not padding, so the mask's last row tells which are.
+        # With a cache the mask covers all S positions, x the last T.
+        real = mask[:, 0, -1, -x.size(1):]                                              # (B, T)
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x), real))
+        return x
+
+
+# ======================================================================================================
+# THE EXCHANGE
+# ======================================================================================================
+
+
+def exchange(model, num_experts: int, top_k: int, balance: float = BALANCE, capacity_factor: float | None = None):
+    """Turn each feed-forward network of a decoder-only model into expert 0 of a mixture, in place; returns the model.
+
+    The other experts have the same shape and new weights.
+    """
+    for layer in model.layers:
+        d_ff, d_model = layer.feed_forward.expand.weight.shape
+        mixture = MixtureOfExperts(d_model, d_ff, num_experts, top_k, balance, capacity_factor)
+        mixture.experts[0] = layer.feed_forward
+        layer.feed_forward = mixture.to(layer.attention_norm.weight.device).train(layer.training)
+        layer.__class__ = MixtureLayer  # the same modules, another forward
+    return model
+
+
+class Setting(NamedTuple):
+    """One row: a dense model of width d_ff, or a mixture of experts of that width."""
+
+    d_ff: int
+    top_k: int | None = None               # None: dense
+    balance: float = BALANCE
+    capacity_factor: float | None = None
+
+
+def make_rows() -> dict[str, Setting]:
+    """All rows of the experiment. The dense ones have the active parameters of top-1, of top-2, and the total ones."""
+    rows = {
+        "dense, active size of top-1": Setting(D_FF),
+        "dense, active size of top-2": Setting(2 * D_FF),
+        "dense, total size": Setting(NUM_EXPERTS * D_FF),
+    }
+    for top_k in (1, 2):
+        rows[f"top-{top_k}"] = Setting(D_FF, top_k)
+        rows[f"top-{top_k}, not balanced"] = Setting(D_FF, top_k, 0.0)
+    rows["top-1, capacity"] = Setting(D_FF, 1, BALANCE, CAPACITY_FACTOR)
+    rows["top-1, capacity, not balanced"] = Setting(D_FF, 1, 0.0, CAPACITY_FACTOR)
+    return rows
+
+
+# The rows that are trained on names as well.
+NAME_ROWS = ("dense, active size of top-1", "dense, active size of top-2", "dense, total size", "top-1", "top-2")
+
+
+def build(setting: Setting, seed: int):
+    """A new model: dense, or with experts that log what they do."""
+    torch.manual_seed(seed)
+    model = decoder_only.build_model(d_model=D_MODEL, d_ff=setting.d_ff, num_heads=NUM_HEADS)
+    if setting.top_k is not None:
+        exchange(model, NUM_EXPERTS, setting.top_k, setting.balance, setting.capacity_factor)
+    return model
+
+
+def mixtures(model) -> list[MixtureOfExperts]:
+    """The mixture of each layer; of a dense model, none."""
+    return [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+
+
+# ======================================================================================================
+# THE EXPERIMENT
+# ======================================================================================================
+
+
+def make_facts(seed: int) -> Splits:
+    """Numbers of four digits, each with a random word: `<SOS> 3 4 2 7 <SEP> -> seven`. No rule, nothing held out.
+
+    Returns one training batch per step, and a batch of all facts to test what was memorized.
+    """
+    draw = random.Random(seed)
+    numbers = draw.sample(range(1000, 10000), NUM_FACTS)
+    texts = torch.tensor([to_ids(["<SOS>", *str(number), "<SEP>", draw.choice(WORDS)]) for number in numbers])
+    ids, targets = texts[:, :-1], texts[:, 1:].clone()                                  # (NUM_FACTS, 6)
+    targets[:, :-1] = IGNORE                                                            # only the word is predicted
+    order = torch.Generator().manual_seed(seed)
+    batches = [{"ids": ids[rows], "targets": targets[rows]} for _ in range(FACT_EPOCHS)
+               for rows in torch.randperm(NUM_FACTS, generator=order).split(FACT_BATCH_SIZE)]
+    everything = [{"ids": ids, "targets": targets}]
+    return Splits(batches, everything, everything)
+
+
+def active_parameters(model) -> int:
+    """The number of parameters that one token uses: all, except those of the experts that it does not choose."""
+    idle = sum(sum(p.numel() for p in mixture.experts[:len(mixture.experts) - mixture.top_k].parameters())
+               for mixture in mixtures(model))
+    return sum(p.numel() for p in model.parameters()) - idle
+
+
+@torch.inference_mode()
+def work_per_token(model, ids) -> float:
+    """Multiply-adds of a forward pass per token, in matrix products, as counted by PyTorch. ids (B, T) without padding.
+    """
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(ids.to(model.embedding.weight.device))
+    return counter.get_total_flops() / 2 / ids.numel()                                  # a multiply-add is two FLOPs
+
+
+def time_steps(rows: dict[str, Setting], batch) -> dict[str, float]:
+    """Median milliseconds of a training step. The rows take turns, so that a busy moment slows all of them."""
+    models = {row: build(setting, 0) for row, setting in rows.items()}
+    optimizers = {row: decoder_only.create_optimizer(model) for row, model in models.items()}
+    times = {row: [] for row in rows}
+    for _ in range(TIMED_STEPS):
+        for row, model in models.items():
+            start = time.perf_counter()
+            decoder_only.train_step(model, batch, optimizers[row], 0.0)  # its .item() waits for a GPU
+            times[row].append(1000 * (time.perf_counter() - start))
+    return {row: statistics.median(times[row]) for row in rows}
+
+
+def loads_of(mixture) -> torch.Tensor:
+    """The share of the choices that went to each expert, by tenth of training: (10, E)."""
+    loads = torch.stack([torch.bincount(chosen.flatten(), minlength=NUM_EXPERTS) / chosen.numel()
+                         for _, chosen, _ in mixture.log])                              # (steps, E)
+    return torch.stack([tenth.mean(dim=0) for tenth in loads.tensor_split(10)]).cpu()
+
+
+def measure(rows: dict[str, Setting], bar) -> dict[str, dict]:
+    """For each row: sizes, work and time; by seed, facts recalled; by seed and layer, what the experts did."""
+    milliseconds, found = time_steps(rows, make_facts(0).train[0]), {}
+    for row, setting in rows.items():
+        found[row] = line = {"ms": milliseconds[row], "recalled": [], "loads": [], "balance": [], "dropped": []}
+        for seed in SEEDS:
+            facts, model = make_facts(seed), build(setting, seed)
+            for mixture in mixtures(model):
+                mixture.log = []
+            decoder_only.train(model, facts, 1, FACT_LEARNING_RATE, num_evaluations=0, progress=bar)
+            for mixture in mixtures(model):
+                line["loads"].append(loads_of(mixture))
+                line["balance"] += [balance_loss(p, chosen).item() for p, chosen, _ in mixture.log[-10:]]
+                line["dropped"] += [dropped / chosen.numel() for _, chosen, dropped in mixture.log]
+                mixture.log = None
+            line["recalled"].append(decoder_only.evaluate(model, facts.test)["exact_match"])
+        line["total"] = sum(p.numel() for p in model.parameters())
+        line["active"], line["work"] = active_parameters(model), work_per_token(model, facts.test[0]["ids"][:100])
+    return found
+
+
+@torch.inference_mode()
+def count_choices(model, batch) -> torch.Tensor:
+    """How often each token of the vocabulary has each expert as its first choice, by layer: (layers, V, E)."""
+    ids, counts = batch["ids"], []
+    for mixture in mixtures(model):
+        mixture.log = []
+    model.eval()(ids.to(model.embedding.weight.device))
+    tokens = ids[ids != decoder_only.PAD_ID]                                            # (N), in the order of the log
+    for mixture in mixtures(model):
+        (_, chosen, _), = mixture.log
+        pairs = tokens * NUM_EXPERTS + chosen[:, 0].cpu()
+        counts.append(torch.bincount(pairs, minlength=len(VOCABULARY) * NUM_EXPERTS).view(-1, NUM_EXPERTS))
+        mixture.log = None
+    return torch.stack(counts)
+
+
+def measure_names(rows: dict[str, Setting], bar) -> tuple[dict[str, list[float]], torch.Tensor]:
+    """Exact match on held-out names by seed, and count_choices of the first top-1 model on held-out numbers."""
+    exact, choices = {row: [] for row in NAME_ROWS}, None
+    for seed in SEEDS:
+        for row in NAME_ROWS:
+            loaders = decoder_only.create_dataloaders(NAME_BATCH_SIZE, seed, loss_on_prompt=False)
+            model = build(rows[row], seed)
+            decoder_only.train(model, loaders, NAME_EPOCHS, NAME_LEARNING_RATE, num_evaluations=0, progress=bar)
+            exact[row].append(decoder_only.evaluate(model, loaders.test)["exact_match"])
+            if row == "top-1" and choices is None:
+                choices = count_choices(model, next(iter(loaders.test)))
+    return exact, choices
+
+
+def spread(values: list[float]) -> str:
+    """The mean over the seeds, and the range: `1.2% (0.9 to 1.6)`."""
+    return f"{statistics.mean(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def differ(values: list[float], others: list[float]) -> bool:
+    """Whether two rows differ by more than seed noise: their ranges over the seeds do not overlap."""
+    return max(values) < min(others) or max(others) < min(values)
+
+
+def new_figure(title: str, height: float) -> Figure:
+    """An empty picture in the style of visualizations.py. The title is a plain sentence that the picture shows."""
+    matplotlib.rc_file(Path(__file__).resolve().parent.parent / "figures" / "style.mplstyle")
+    figure = Figure(figsize=(matplotlib.rcParams["figure.figsize"][0], height))
+    figure.suptitle(textwrap.fill(title, 54), x=0.01, ha="left", linespacing=1.25)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture: the same bytes from the same numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None}, pil_kwargs={"compress_level": 9})
+    print(f"\nWrote {path}")
+
+
+def predictable(choices) -> list[tuple[float, float]]:
+    """By layer: how often the best guess of a token's expert is right, knowing the token, and knowing nothing."""
+    return [((counts.max(dim=1).values.sum() / counts.sum()).item(), (counts.sum(dim=0).max() / counts.sum()).item())
+            for counts in choices]
+
+
+def busiest(line: dict) -> list[float]:
+    """The share of the choices that the busiest expert of a layer has in each tenth of training: mean over layers and
+    seeds."""
+    return torch.stack(line["loads"]).max(dim=2).values.mean(dim=0).tolist()            # (10)
+
+
+def draw(choices, found: dict[str, dict]) -> Figure:
+    """Heat maps of tokens by experts, words in both layers, digits in the first; the busiest expert over training."""
+    known = [f"{by_token:.0%} of cases in layer {i}" for i, (by_token, _) in enumerate(predictable(choices), start=1)]
+    figure = new_figure(f"Knowing the token predicts its expert in {' and '.join(known)}", 7.4)
+    panels = figure.subplot_mosaic([["first", "last", "digits"], ["first", "last", "bar"], ["first", "last", "load"]],
+                                   height_ratios=[16, 4, 11], width_ratios=[4, 4, 5])
+    for name, layer, tokens in (("first", 0, WORDS), ("last", -1, WORDS), ("digits", 0, [*DIGITS, "<SOS>", "<SEP>"])):
+        tokens = [token for token in tokens if choices[0][TOKEN_TO_ID[token]].any()]    # `zero` is never held out
+        counts = choices[layer][[TOKEN_TO_ID[token] for token in tokens]].double()      # (tokens, E)
+        axes = panels[name]
+        image = axes.imshow((counts / counts.sum(dim=1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set(title=f"layer {layer % len(choices) + 1}", xlabel="expert", xticks=range(NUM_EXPERTS),
+                 yticks=range(len(tokens)), xticklabels=range(1, NUM_EXPERTS + 1))
+        axes.set_yticklabels(tokens if name != "last" else [])
+        axes.tick_params(length=0, labelsize=11)
+    panels["bar"].axis("off")
+    figure.colorbar(image, ax=panels["bar"], location="top", fraction=0.3, label="share of its choices",
+                    format=lambda share, _: f"{share:.0%}", ticks=[0, 0.5, 1])
+    for row, colour, style in (("top-1, not balanced", "#E69F00", "--"), ("top-1", "#0072B2", "-")):
+        panels["load"].plot(range(10, 101, 10), busiest(found[row]), style, color=colour,
+                            label="balanced" if row == "top-1" else "not balanced")
+    panels["load"].axhline(1 / NUM_EXPERTS, color="#707070", lw=1, ls=":")
+    panels["load"].set(title="busiest expert", xlabel="% of training", ylim=(0, 1), xticks=[0, 50, 100])
+    panels["load"].yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    panels["load"].legend(fontsize=11)
+    return figure
+
+
+def say(text: str) -> None:
+    """Print a conclusion, wrapped to the width of a terminal."""
+    print("\n" + textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
+
+
+def compare(row: str, other: str, values: dict[str, list[float]]) -> str:
+    """The difference of two rows in points of accuracy, and whether it exceeds seed noise."""
+    points = 100 * (statistics.mean(values[row]) - statistics.mean(values[other]))
+    noise = "beyond" if differ(values[row], values[other]) else "within"
+    return f"{points:+.1f} points against {other} ({noise} seed noise)"
+
+
+def show_facts(found: dict[str, dict]) -> None:
+    """The table of facts, and what the experts bring and cost."""
+    print(f"\nFACTS: {NUM_FACTS:,} numbers with a random word each, seen {FACT_EPOCHS} times; {NUM_EXPERTS} experts of "
+          f"width {D_FF}\nparameters in all and active for one token; multiply-adds per token; milliseconds per step;\n"
+          f"words recalled ({1 / len(WORDS):.1%} by guessing), mean of {len(SEEDS)} seeds (range); choices dropped\n\n"
+          f"  {'':31}{'total':>8}{'active':>8}{'work':>8}{'ms':>7}{'recalled':>24}{'dropped':>9}")
+    for row, line in found.items():
+        dropped = f"{statistics.mean(line['dropped']):9.1%}" if line["dropped"] else ""
+        print(f"  {row:31}{line['total']:8,}{line['active']:8,}{line['work']:8,.0f}{line['ms']:7.1f}"
+              f"{spread(line['recalled']):>24}{dropped}")
+    recalled = {row: line["recalled"] for row, line in found.items()}
+    for top_k in (1, 2):
+        row, dense = f"top-{top_k}", f"dense, active size of top-{top_k}"
+        say(f"Top-{top_k}, facts recalled: {compare(row, dense, recalled)}; "
+            f"{compare(row, 'dense, total size', recalled)}. It does {found[row]['work'] / found[dense]['work']:.2f} "
+            f"times the multiply-adds of the first in {found[row]['ms'] / found[dense]['ms']:.1f} times its time.")
+    for row, other in (("top-1, not balanced", "top-1"), ("top-2, not balanced", "top-2"), ("top-1, capacity", "top-1"),
+                       ("top-1, capacity, not balanced", "top-1, not balanced")):
+        say(f"{row.capitalize()}, facts recalled: {compare(row, other, recalled)}.")
+
+
+def show_loads(found: dict[str, dict]) -> None:
+    """The load of the experts over training, and whether the router collapsed."""
+    print(f"\nLOAD of a layer's busiest expert: share of the choices, by tenth of training, mean of layers and\n"
+          f"seeds (uniform: {1 / NUM_EXPERTS:.1%}). At the end: the balancing loss (1 if uniform; if collapsed, "
+          f"{NUM_EXPERTS} for top-1\nand {NUM_EXPERTS / 2:g} for top-2), and starved experts: less than a tenth of the "
+          "uniform load\n\n"
+          f"  {'':31}{'first':>8}{'second':>8}{'fourth':>8}{'seventh':>9}{'last':>8}{'loss':>7}{'starved':>13}")
+    starved = {}
+    for row, line in found.items():
+        if line["loads"]:
+            late = torch.stack(line["loads"])[:, -1]                                    # (seeds * layers, E)
+            starved[row] = f"{(late < 0.1 / NUM_EXPERTS).sum()} of {late.numel()}"
+            first, second, _, fourth, _, _, seventh, *_, last = busiest(line)
+            print(f"  {row:31}{first:8.1%}{second:8.1%}{fourth:8.1%}{seventh:9.1%}{last:8.1%}"
+                  f"{statistics.mean(line['balance']):7.2f}{starved[row]:>13}")
+
+    print(f"\n  All experts of layer 1, seed {SEEDS[0]}, in the order of their load at the end\n")
+    for row in ("top-1", "top-1, not balanced"):
+        tenths = found[row]["loads"][0]                                                 # (10, E)
+        for name, tenth in (("first", 0), ("second", 1), ("fourth", 3), ("last", 9)):
+            loads = tenths[tenth, tenths[-1].argsort(descending=True)]
+            print(f"  {row:20}{name:>7} tenth" + "".join(f"{load:8.1%}" for load in loads))
+    for top_k in (1, 2):
+        balanced, free = f"top-{top_k}", f"top-{top_k}, not balanced"
+        (first, *_, last), (balanced_first, *_, balanced_last) = busiest(found[free]), busiest(found[balanced])
+        # The most that one expert can have is every token: 1 / top_k of the choices. Half of that is called collapse.
+        verdict = ("the router collapses" if last > 0.5 / top_k else
+                   "an early collapse that training undoes" if first > 0.5 / top_k else "no collapse")
+        say(f"Top-{top_k} without balancing: the busiest expert has {first:.1%} of the choices in the first tenth of "
+            f"training and {last:.1%} in the last ({1 / top_k:.0%} would be every token): {verdict}. With balancing: "
+            f"{balanced_first:.1%} and {balanced_last:.1%}. Starved at the end: {starved[free]} experts, with "
+            f"balancing {starved[balanced]}.")
+
+
+def main() -> None:
+    """Facts, loads, names, and the picture."""
+    if len(make_facts(0).train) < 10:
+        raise InputError(f"FACT_EPOCHS = {FACT_EPOCHS} is too few: the loads need at least 10 training steps.")
+    if NUM_EXPERTS < 2 or not CAPACITY_FACTOR > 0 or not BALANCE >= 0:
+        raise InputError(f"NUM_EXPERTS = {NUM_EXPERTS} must be at least 2, CAPACITY_FACTOR = {CAPACITY_FACTOR} above "
+                         f"0, and BALANCE = {BALANCE} at least 0.")
+    rows = make_rows()
+    name_steps = NAME_EPOCHS * len(decoder_only.create_dataloaders(NAME_BATCH_SIZE, 0).train)
+    total = len(SEEDS) * (len(rows) * len(make_facts(0).train) + len(NAME_ROWS) * name_steps)
+    with tqdm(total=total, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
+        found = measure(rows, bar)
+        exact, choices = measure_names(rows, bar)
+    show_facts(found)
+    show_loads(found)
+    print(f"\nNAMES, {name_steps} steps: exact match on held-out numbers, mean of {len(SEEDS)} seeds (range)\n")
+    for row, values in exact.items():
+        print(f"  {row:31}{spread(values):>24}")
+    for top_k in (1, 2):
+        say(f"Top-{top_k}, names: {compare(f'top-{top_k}', f'dense, active size of top-{top_k}', exact)}; "
+            f"{compare(f'top-{top_k}', 'dense, total size', exact)}.")
+    say("Which expert a token of a held-out name goes to (top-1): "
+        + "; ".join(f"in layer {i} the token predicts it in {by_token:.1%} of cases, and always guessing the busiest "
+                    f"expert is right in {by_nothing:.1%}"
+                    for i, (by_token, by_nothing) in enumerate(predictable(choices), start=1)) + ".")
+    save_figure(draw(choices, found), FIGURE)
+
+
+if __name__ == "__main__":
+    run_script(main)
