@@ -123,6 +123,18 @@ BREAKS = [
     Break("the baseline contains the text's own return", "variations/preference_optimization",
           "(returns.sum() - returns) / (len(returns) - 1) ", "returns.mean() ",
           "a gradient too small by 1 / B: no visible effect at B = 256"),
+    Break("output not multiplied by its gate", "variations/mixture_of_experts",
+          "gates[token, rank, None] * expert(tokens[token])", "expert(tokens[token])",
+          "the router has no gradient: tokens stay with the experts that random weights gave them"),
+    Break("softmax after top-1", "variations/mixture_of_experts", "    if top_k > 1:\n", "    if True:\n",
+          "a single gate is always 1: the router learns from the balancing loss only"),
+    Break("padding is routed", "variations/mixture_of_experts", "real = mask[:, 0, -1, -x.size(1):] ",
+          "real = mask[:, 0, -1, -x.size(1):] | True ",
+          "padding fills capacity and balancing statistics: the right load for the wrong tokens"),
+    Break("capacity at inference", "variations/mixture_of_experts",
+          "            if self.capacity_factor is not None:\n                capacity =",
+          "        if self.capacity_factor is not None:\n            capacity =",
+          "no effect without a capacity; with one, answers depend on the other texts in the batch"),
 ]
 # How a broken variation is put into the model before it is trained; `v` is its module.
 EXCHANGES = {
@@ -130,6 +142,7 @@ EXCHANGES = {
     "variations/llama": "v.exchange(model, v.PARTS)",
     "variations/parameter_efficient_fine_tuning": 'v.exchange(model, "LoRA, rank 4").requires_grad_()',
     "variations/quantization": 'v.exchange(model, 3, "channel")',
+    "variations/mixture_of_experts": "v.exchange(model, 4, 1)",
 }
 
 TRAIN = """

@@ -422,9 +422,9 @@ def draw(choices, found: dict[str, dict]) -> Figure:
                                    height_ratios=[16, 4, 11], width_ratios=[4, 4, 5])
     for name, layer, tokens in (("first", 0, WORDS), ("last", -1, WORDS), ("digits", 0, [*DIGITS, "<SOS>", "<SEP>"])):
         tokens = [token for token in tokens if choices[0][TOKEN_TO_ID[token]].any()]    # `zero` is never held out
-        counts = choices[layer][[TOKEN_TO_ID[token] for token in tokens]].double()      # (tokens, E)
-        axes = panels[name]
-        image = axes.imshow((counts / counts.sum(dim=1, keepdim=True)).numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        counts = choices[layer][[TOKEN_TO_ID[token] for token in tokens]]               # (tokens, E)
+        shares, axes = counts / counts.sum(dim=1, keepdim=True), panels[name]
+        image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.set(title=f"layer {layer % len(choices) + 1}", xlabel="expert", xticks=range(NUM_EXPERTS),
                  yticks=range(len(tokens)), xticklabels=range(1, NUM_EXPERTS + 1))
         axes.set_yticklabels(tokens if name != "last" else [])
