@@ -1,51 +1,52 @@
 """mixture_of_experts.py - many feed-forward networks, of which each token uses one or two.
 
-The problem. In a dense model every token is multiplied with every weight: more parameters cost more time per token.
-But a weight that stores something about one token is of little use to most others.
+The problem. In a dense model every token passes through every weight, so a model that stores more also computes more,
+for every token. Yet most of what a model stores is of no use for the token at hand.
 
-The idea. In place of a layer's feed-forward network put E of them, the experts, and a router: a linear map with a
-softmax, which gives each token a probability p_i for each expert. Only the k most probable experts process the token;
-their outputs are added, weighted by gates g_i:
+The idea. Replace each feed-forward network with E of them, the experts, and a router: a linear layer with a softmax
+that assigns each token a probability p_i for each expert. Only the k most probable experts process the token, and
+their outputs are summed with weights g_i, the gates:
 
     p = softmax(router(x))                 y = sum of g_i * FFN_i(x) over the k chosen experts
     top-1 (Switch)    g = p of the chosen expert
     top-2 (Mixtral)   g_i = p_i / (p_1 + p_2), which equals a softmax over the two largest logits alone
 
-Parameters grow with E, multiplications per token with k: total and active parameters become two separate numbers. On
-paper, with probabilities 0.6, 0.3 and 0.1:
+Total parameters grow with E, active parameters and multiply-adds per token with k. On paper, with probabilities 0.6,
+0.3 and 0.1:
 
 >>> choose_experts(torch.tensor([[0.6, 0.3, 0.1]]), top_k=1)
 (tensor([[0.6000]]), tensor([[0]]))
 >>> choose_experts(torch.tensor([[0.6, 0.3, 0.1]]), top_k=2)
 (tensor([[0.6667, 0.3333]]), tensor([[0, 1]]))
 
-Balance. The router is trained through the experts that it chose, so an expert that is chosen early improves early and
-is chosen more. Large models collapse onto a few experts this way. The usual remedy is a second loss in each layer:
+Balance. Only chosen experts are trained, so an expert that is chosen early improves early and is chosen more often.
+Shazeer et al. (section 4) saw routers converge to the same few experts for all tokens. The usual remedy is an auxiliary
+loss in each layer:
 
     loss = cross-entropy + BALANCE * sum over layers of (E * sum_i f_i P_i)
     f_i: share of the choices that went to expert i        P_i: mean probability of expert i
-    1 if f or P is uniform; E / k if k experts receive everything, with certainty
+    its value is 1 if f or P is uniform, and E / k if the same k experts get every token with certainty
 
-Capacity. With experts on different devices, all wait for the busiest one, and buffers have a fixed size. So an expert
-accepts at most C = ceil(capacity_factor * k * N / E) of a batch's N tokens. The others are dropped: they pass through
-the residual connection only. First choices are served before second ones, earlier tokens before later ones. Padding
-is never routed: it would fill the buffers, and the balancing loss would balance padding.
+Capacity. Experts on different devices wait for the busiest one, and their input buffers have a fixed size. So an
+expert processes at most capacity = ceil(capacity_factor * k * N / E) of the N tokens in a batch. The rest are dropped:
+only the residual connection carries them past the layer. First choices are served before second choices, earlier
+tokens before later ones. Padding is never routed: it would fill the buffers and distort the balance.
 
-With a capacity, the output for a token depends on the other texts in its batch, and for second choices on later tokens
-of its own text. Here the capacity therefore applies to training only, so that generation gives a prompt the same
-answer alone and in a batch. Real systems differ: Switch and GShard keep a capacity at inference; the published code of
-Mixtral has none, and DeepSeek-V3 drops no tokens, in training or at inference.
+A capacity makes a token's output depend on the other texts in its batch and, through later tokens' first choices, on
+the future. So here it applies in training only, and a prompt gets the same answer alone and in a batch. Real systems
+differ: Switch keeps a capacity at inference, a larger one; Mixtral's published code has none; DeepSeek-V3 drops no
+tokens in training or at inference.
 
 Papers: Shazeer et al. 2017 (section 2.1, and 4 for balancing); Lepikhin et al. 2020 (GShard, section 2.2: top-2,
-capacity); Fedus et al. 2021 (Switch, section 2.1 for top-1 and 2.2 for capacity and loss); Jiang et al. 2024 (Mixtral,
-section 2.1); Jelassi et al. 2024 ("Mixture of Parrots": experts help memory more than reasoning). Simplified: no noise
-on the router's logits, all experts on one device, and a loop over the experts where large systems run one grouped
-matrix product. At this size the loop's overhead, not arithmetic, dominates the time of a step.
+capacity); Fedus et al. 2021 (Switch, section 2.1 for top-1, 2.2 for capacity and loss); Jiang et al. 2024 (Mixtral,
+section 2.1); Jelassi et al. 2024 ("Mixture of Parrots": experts help memorization more than reasoning). Simplified: no
+noise on the router's logits, and all experts on one device, in a Python loop over experts where large systems run one
+grouped matrix product. That loop has overhead of its own: compare the columns for work and for time.
 
-What you will see (about three minutes on two CPU cores): two tasks. FACTS, numbers with a random word each, can only be
-memorized; NAMES, the base's task, follows a rule. Dense models of equal active and of equal total size against top-1
-and top-2, with and without balancing and capacity; the load of the experts over training; and which expert takes which
-word and digit, in figures/variations/mixture_of_experts.png.
+What you will see (about three minutes on two CPU cores): two tasks. FACTS assign a random word to each number, so they
+can only be memorized; NAMES, the base model's task, follow a rule. Dense models with the same active and with the same
+total parameters against top-1 and top-2 routing, with and without balancing and capacity; the load of the experts over
+training; and which expert takes which word and digit, in figures/variations/mixture_of_experts.png.
 """
 
 import math
@@ -102,8 +103,8 @@ FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "mi
 def choose_experts(probabilities, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities (N, E) -> gates and chosen experts, both (N, k), the most probable expert first.
 
-    Choosing has no gradient: the router learns through the gates alone. That is why top-1 keeps the probability itself.
-    Divided by the sum over the chosen, a single gate would be 1 whatever the router says, and its gradient 0.
+    Choosing has no gradient, so the router learns only through the gates. That is why top-1 keeps the probability: a
+    single gate divided by its own sum would always be 1, with gradient 0.
     """
     gates, chosen = probabilities.topk(top_k, dim=-1)                                   # (N, k), (N, k)
     if top_k > 1:
@@ -114,13 +115,15 @@ def choose_experts(probabilities, top_k: int) -> tuple[torch.Tensor, torch.Tenso
 def balance_loss(probabilities, chosen) -> torch.Tensor:
     """E * sum_i f_i P_i  (Switch, equation 4). Probabilities (N, E), chosen experts (N, k) -> a scalar.
 
-    Counting has no gradient, so f is a constant: each expert's probability is pushed down in proportion to its load.
+    Counting has no gradient, so f acts as a constant: each expert's probability is pushed down in proportion to its
+    load.
 
     >>> even, one = torch.tensor([[0.8, 0.2], [0.2, 0.8]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     >>> [balance_loss(p, choose_experts(p, top_k=1)[1]).item() for p in (even, one)]
     [1.0, 2.0]
 
-    1 is the value for uniform routing, not a lower bound: it is less where many narrow decisions favor one expert.
+    1 is the value for uniform routing, not a lower bound. With narrow choices of one expert and clear choices of
+    another it is lower:
 
     >>> narrow = torch.tensor([[0.51, 0.49], [0.51, 0.49], [0.01, 0.99]])
     >>> round(balance_loss(narrow, choose_experts(narrow, top_k=1)[1]).item(), 2)
@@ -133,7 +136,7 @@ def balance_loss(probabilities, chosen) -> torch.Tensor:
 
 
 class AddLoss(torch.autograd.Function):
-    """Returns x unchanged; its backward pass trains `loss` as well, as if it had been added to the training loss.
+    """Returns x unchanged; its backward pass also minimizes `loss`, as if it had been added to the training loss.
 
     In a training loop of your own, add the layers' losses to the cross-entropy and skip this class. Here
     decoder_only.train stays as it is. All that adding a term to a loss does to the gradients is to start a backward
@@ -178,8 +181,8 @@ class MixtureOfExperts(nn.Module):
                 capacity = math.ceil(self.capacity_factor * chosen.numel() / len(self.experts))
         mixed, processed = torch.zeros_like(tokens), 0
         for e, expert in enumerate(self.experts):
-            # Which tokens chose e, and as which of their choices. Transposed, first choices of all tokens come before
-            # second ones; the capacity cuts off the end.
+            # The tokens that chose e, and whether e is their first choice or second. In the transpose, all first
+            # choices precede all second ones; the capacity cuts off the end of this list.
             rank, token = (chosen.T == e).nonzero(as_tuple=True)                        # (n), (n)
             rank, token = rank[:capacity], token[:capacity]
             # y += g_e * FFN_e(x), for all tokens of this expert at once.
@@ -193,15 +196,16 @@ class MixtureOfExperts(nn.Module):
 
 
 class MixtureLayer(decoder_only.DecoderLayer):
-    """decoder_only.DecoderLayer, except that the experts are told which positions hold tokens.
+    """decoder_only.DecoderLayer, except that the experts get to know which positions are padding.
 
-    A feed-forward network needs no mask: what it computes at padding is never read. A router's statistics are read.
+    A dense feed-forward network need not know: nothing reads its output there. But padding that is routed would count
+    in the balancing loss and take up capacity.
     """
 
     def forward(self, x, mask, cache=None, attention_maps=None):
         x = x + self.dropout(self.attention(self.attention_norm(x), mask, cache, attention_maps))
-        # The last position may attend to every token that is not padding, so the mask's last row tells which are.
-        # With a cache the mask covers all S positions, x the last T.
+        # The last position may attend to all positions but padding, so the last row of the mask is the padding mask.
+        # With a cache the mask covers S positions and x the last T of them.
         real = mask[:, 0, -1, -x.size(1):]                                              # (B, T)
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x), real))
         return x
@@ -215,7 +219,7 @@ class MixtureLayer(decoder_only.DecoderLayer):
 def exchange(model, num_experts: int, top_k: int, balance: float = BALANCE, capacity_factor: float | None = None):
     """Turn each feed-forward network of a decoder-only model into expert 0 of a mixture, in place; returns the model.
 
-    The other experts have the same shape and new weights.
+    The other experts have the same sizes and new weights.
     """
     for layer in model.layers:
         d_ff, d_model = layer.feed_forward.expand.weight.shape
@@ -236,7 +240,7 @@ class Setting(NamedTuple):
 
 
 def make_rows() -> dict[str, Setting]:
-    """All rows of the experiment. The dense ones have the active parameters of top-1, of top-2, and the total ones."""
+    """All rows of the experiment. The dense models match the active parameters of top-1, of top-2, and the total."""
     rows = {
         "dense, active size of top-1": Setting(D_FF),
         "dense, active size of top-2": Setting(2 * D_FF),
@@ -255,7 +259,7 @@ NAME_ROWS = ("dense, active size of top-1", "dense, active size of top-2", "dens
 
 
 def build(setting: Setting, seed: int):
-    """A new model: dense, or with experts that log what they do."""
+    """A new model for one row."""
     torch.manual_seed(seed)
     model = decoder_only.build_model(d_model=D_MODEL, d_ff=setting.d_ff, num_heads=NUM_HEADS)
     if setting.top_k is not None:
