@@ -417,7 +417,10 @@ def busiest(line: dict) -> list[float]:
 
 
 def draw(choices) -> Figure:
-    """Heat maps of tokens by experts: words in the first and the last layer, digits in the first."""
+    """Heat maps of tokens by experts: words in the first and the last layer, digits in the first.
+
+    What the last layer computes at the digits is never read: no later layer attends to it, and the loss is on names.
+    """
     known = [f"{by_token:.0%} of cases in layer {i}" for i, (by_token, _) in enumerate(predictable(choices), start=1)]
     figure = new_figure(f"The token alone predicts its expert in {' and '.join(known)}", 7.4)
     panels = figure.subplot_mosaic([["words", "later", "digits"], ["words", "later", "bar"]], height_ratios=[14, 15])
