@@ -130,7 +130,7 @@ BREAKS = [
           "a single gate is always 1: the router learns from the balancing loss only"),
     Break("padding is routed", "variations/mixture_of_experts", "real = mask[:, 0, -1, -x.size(1):] ",
           "real = mask[:, 0, -1, -x.size(1):] | True ",
-          "padding fills capacity and balancing statistics: the right load for the wrong tokens"),
+          "padding counts in the balancing loss and takes up capacity: little to see in exact match"),
     Break("capacity at inference", "variations/mixture_of_experts",
           "            if self.capacity_factor is not None:\n                capacity =",
           "        if self.capacity_factor is not None:\n            capacity =",

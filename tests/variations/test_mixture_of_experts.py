@@ -25,6 +25,12 @@ PROMPTS = [decoder_only.make_prompt(number) for number in (7, 342, 90210, 123456
 IDS = torch.tensor([PROMPTS[3]])
 
 
+@pytest.fixture(scope="module")
+def batch():
+    """16 training examples of different lengths."""
+    return next(iter(decoder_only.create_dataloaders(16, 0).train))
+
+
 def make_mixture(num_experts=4, top_k=2, balance=0.0, capacity_factor=None):
     """A mixture of width 8 in training mode, inputs (3, 5, 8), and which of them are real."""
     torch.manual_seed(0)
@@ -66,9 +72,8 @@ def test_grouped_by_expert_it_computes_what_a_loop_over_tokens_computes(top_k, c
     torch.testing.assert_close(*gradients)
 
 
-def test_one_expert_is_the_dense_network_in_training_and_after_it():
-    loaders = decoder_only.create_dataloaders(16, 0)
-    batch, models = next(iter(loaders.train)), (tiny(decoder_only), exchange(tiny(decoder_only), 1, 1))
+def test_one_expert_is_the_dense_network_in_training_and_after_it(batch):
+    models = tiny(decoder_only), exchange(tiny(decoder_only), 1, 1)
     real = batch["ids"] != decoder_only.PAD_ID
     torch.testing.assert_close(*(model(batch["ids"])[real] for model in models))
     optimizers = [decoder_only.create_optimizer(model) for model in models]
@@ -116,8 +121,7 @@ def test_the_balancing_loss_pushes_each_expert_down_in_proportion_to_its_load():
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_training_minimizes_the_cross_entropy_plus_the_balancing_losses(top_k):
-    batch = next(iter(decoder_only.create_dataloaders(16, 0).train))
+def test_training_minimizes_the_cross_entropy_plus_the_balancing_losses(top_k, batch):
     balanced, plain = (exchange(tiny(decoder_only), 4, top_k, balance).train() for balance in (0.5, 0.0))
     for model in (balanced, plain):
         torch.manual_seed(1)
@@ -221,10 +225,8 @@ def test_active_parameters_and_work_follow_the_formulas():
     assert work_per_token(mixed, ids) == 2 * (attention + 2 * 2 * C * F_ + C * E) + V * C
 
 
-def test_choices_are_counted_under_the_token_that_made_them():
+def test_choices_are_counted_under_the_token_that_made_them(batch):
     model = exchange(tiny(decoder_only), 8, 1)
-    batch = next(iter(decoder_only.create_dataloaders(16, 0).test))
-    batch = {name: tensor[:20] for name, tensor in batch.items()}
     counts = count_choices(model, batch)
     real = batch["ids"][batch["ids"] != decoder_only.PAD_ID]
     for layer in counts:
@@ -234,8 +236,8 @@ def test_choices_are_counted_under_the_token_that_made_them():
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "new" / "picture.png"
-    small = dict(NUM_FACTS=20, FACT_BATCH_SIZE=4, FACT_EPOCHS=2, NAME_EPOCHS=1, NAME_BATCH_SIZE=8, SEEDS=(0, 1),
-                 TIMED_STEPS=1, FIGURE=picture)
+    small = dict(NUM_EXPERTS=3, NUM_FACTS=20, FACT_BATCH_SIZE=4, FACT_EPOCHS=2, NAME_EPOCHS=1, NAME_BATCH_SIZE=8,
+                 SEEDS=(0, 1), TIMED_STEPS=1, FIGURE=picture)
     for name, value in small.items():
         monkeypatch.setattr(mixture_of_experts, name, value)
     splits = decoder_only.toy_dataset.make_splits()
