@@ -193,7 +193,7 @@ def test_cached_generation_gives_the_recomputed_tokens(model):
     torch.testing.assert_close(model(IDS, cache), model(IDS)[:, -2:], atol=1e-4, rtol=1e-4)
 
 
-def test_prompts_of_different_lengths_in_one_batch_give_what_they_give_alone(model):
+def test_prompts_of_different_lengths_continue_in_one_batch_as_they_do_alone(model):
     together = decoder_only.generate(model, PROMPTS)
     for row, prompt in zip(together, PROMPTS):
         alone = decoder_only.generate(model, [prompt])[0]
