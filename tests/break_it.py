@@ -135,6 +135,12 @@ BREAKS = [
           "            if self.capacity_factor is not None:\n                capacity =",
           "        if self.capacity_factor is not None:\n            capacity =",
           "no effect without a capacity; with one, answers depend on the other texts in the batch"),
+    Break("floor not subtracted", "variations/scaling_laws", "target = (loss - E).log()", "target = loss.log()",
+          "no effect while E is 0, as here; with a floor the fitted exponents are too small"),
+    Break("exponents swapped in the optimum", "variations/scaling_laws", "log_G + beta / (alpha + beta)",
+          "log_G + alpha / (alpha + beta)", "the budget goes to parameters where it should go to data"),
+    Break("facts without a row share a trained one", "variations/scaling_laws", "padding_idx=rows, sparse=True",
+          "sparse=True", "their nicknames compete for one row: worse than guessing, above the computed loss"),
 ]
 # How a broken variation is put into the model before it is trained; `v` is its module.
 EXCHANGES = {
