@@ -79,7 +79,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
 
 import decoder_only
-from toy_dataset import MAX_DIGITS, InputError, NumberDataset, decoder_only_example, make_splits, pad_batch, run_script
+from toy_dataset import MAX_DIGITS, VOCABULARY, InputError, NumberDataset, decoder_only_example, make_splits, pad_batch
+from toy_dataset import run_script
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -96,7 +97,7 @@ TABLE_LEARNING_RATE = 0.5 # of Adagrad, for all sizes. 0.1 is too slow; 0.3 and 
 
 # --- names ---
 D_MODELS = (4, 8, 16, 32, 64)                   # widths of the decoder
-NAMES = (320, 1280, 5120, 20480)                # D: numbers seen, once
+NAMES = (320, 1280, 5120, 20480)                # D: numbers to train on, each used once
 
 # --- both ---
 BATCH_SIZE = 32
@@ -347,13 +348,79 @@ def say(text: str) -> None:
     print("\n" + textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
 
 
-def print_losses(runs: list[tuple], ideal=None) -> None:
-    """Rows: N. Columns: D. ideal(N, D): the computed loss, in brackets."""
-    draws = sorted({D for _, D, _ in runs})
+def name_of(language: str | float) -> str:
+    return language if language == "names" else f"nicknames, a = {language:g}"
+
+
+def show_losses(runs: list[tuple], ideal: list[tuple] = ()) -> None:
+    """Rows: N. Columns: D. In brackets: the computed loss."""
+    draws, computed = sorted({D for _, D, _ in runs}), {(N, D): loss for N, D, loss in ideal}
     print(f"\n  {'N':>9}" + "".join(f"{f'D = {D:,}':>17}" for D in draws))
     for N in sorted({N for N, *_ in runs}):
-        cells = [f"{loss:.4f}" + (f" ({ideal(N, D):.4f})" if ideal else "") for n, D, loss in runs if n == N]
+        cells = [f"{loss:.4f}" + (f" ({computed[N, D]:.4f})" if ideal else "") for n, D, loss in runs if n == N]
         print(f"  {N:9,}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def show_exponents(means: dict, ideal: dict) -> None:
+    """Whether the loss is a power of D."""
+    print("\nIS IT A POWER LAW IN D? The exponent between neighboring D, for the largest N\n")
+    for language, runs in means.items():
+        print(f"  {name_of(language):22}" + "".join(f"{exponent:8.2f}" for exponent in local_exponents(runs)))
+        if language in ideal:
+            print(f"  {'  computed':22}" + "".join(f"{exponent:8.2f}" for exponent in local_exponents(ideal[language]))
+                  + f"   in the limit: a / (1 + a) = {language / (1 + language):.2f}")
+    ranges = [(name_of(language), local_exponents(runs)) for language, runs in means.items()]
+    say("A power law has the same exponent everywhere. Measured: "
+        + "; ".join(f"{name}: {min(exponents):.2f} to {max(exponents):.2f}" for name, exponents in ranges) + ".")
+
+
+def show_fits(laws: dict, means: dict, ideal: dict) -> None:
+    """The constants, how well the law fits, and how well it extrapolates."""
+    print("\nTHE FIT of loss = (N0 / N)^alpha + (D0 / D)^beta to the mean losses (in brackets: to each seed)\n"
+          "R^2: of the logarithm; error: the root mean square error of the logarithm, as a factor\n\n"
+          f"  {'':19}{'alpha':>21}{'beta':>21}{'N0':>10}{'D0':>10}{'R^2':>7}{'error':>8}")
+
+    def row(name, exponents, law, runs):
+        R2, error = quality(law, runs)
+        print(f"  {name:19}{exponents[0]:>21}{exponents[1]:>21}{law.N0:10.3g}{law.D0:10.3g}{R2:7.3f}{error:8.2f}")
+        return error
+
+    errors = []
+    for language, fits in laws.items():
+        row(name_of(language), [with_range([getattr(law, key) for law in fits], 2) for key in ("alpha", "beta")],
+            fits[0], means[language])
+        if language in ideal:
+            law = fit_law(ideal[language], E=0.0)
+            errors.append(row("  computed losses", (f"{law.alpha:.2f}", f"{law.beta:.2f}"), law, ideal[language]))
+            print(f"  {'  in the limit':19}{language:21.2f}{language / (1 + language):21.2f}")
+    say("The computed losses have no noise, yet the law fits them only to a factor of "
+        f"{' and '.join(f'{error:.2f}' for error in errors)}: a sum of two powers is an approximation.")
+    for language, runs in means.items():
+        predicted, measured = extrapolate(runs)
+        say(f"Extrapolation, {name_of(language)}: fitted without the largest N and the largest D, the law predicts "
+            f"{predicted:.4f} for the largest run; measured {measured:.4f}, a factor of "
+            f"{max(predicted / measured, measured / predicted):.2f}.")
+
+
+def show_optima(laws: dict, checks: dict) -> None:
+    """The optimal N and D for each budget, and the losses of the tables trained to test them."""
+    print("\nCOMPUTE-OPTIMAL N AND D for C = 6 N D, by the fit; computed: the N with the lowest computed loss\n"
+          "Last columns: the loss of tables of size N/4, N and 4N, each trained with budget C\n\n"
+          f"  {'':8}{'C':>8}{'N':>24}{'computed':>10}{'D':>9}{'D / N':>7}{'loss':>8}{'N/4':>8}{'N':>8}{'4N':>8}")
+    hits = 0
+    for (a, C), trained in checks.items():
+        N, D = compute_optimal(laws[a][0], C)
+        sizes = with_range([compute_optimal(law, C)[0] for law in laws[a]], 0)
+        best = count_parameters(ideal_rows(probabilities(a), C))
+        smaller, same, larger = [losses for *_, losses in trained]
+        hits += all(max(same) < min(other) for other in (smaller, larger))
+        print(f"  a = {a:<4g}{C:8.0e}{sizes:>24}{best:10,}{D:9,.0f}{D / N:7.1f}{laws[a][0].loss(N, D):8.4f}"
+              + "".join(f"{statistics.mean(losses):8.4f}" for losses in (smaller, same, larger)))
+    say(f"In {hits} of {len(checks)} cases the table of size N had a lower loss than both others, beyond seed noise.")
+    for a in TAILS:
+        growth = with_range([law.beta / (law.alpha + law.beta) for law in laws[a]], 2)
+        say(f"a = {a:g}: the optimal N grows as C to the power {growth} by the fit, {1 / (2 + a):.2f} in the limit by "
+            "the computed loss. For text: 0.73 (Kaplan et al.), 0.5 (Hoffmann et al.).")
 
 
 def new_figure(title: str, height: float) -> Figure:
@@ -371,8 +438,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     print(f"\nWrote {path}")
 
 
-def draw(found: dict) -> Figure:
-    """Loss by D: names for each N, nicknames for the largest table and each a, beside the computed line."""
+def draw(found: dict, law: Law) -> Figure:
+    """Loss by D: names for each N, with their law; nicknames for the largest table and each a, on the computed line."""
     names, a = mean_runs(found["names"]), min(TAILS)
     ratios = [[math.exp(exponent * math.log(D[1] / D[0])) for exponent in local_exponents(runs)]
               for runs, D in ((names, NAMES), (mean_runs(found[a]), DRAWS))]
@@ -385,7 +452,9 @@ def draw(found: dict) -> Figure:
         points = [(D, loss) for n, D, loss in names if n == N]
         colour = matplotlib.colormaps["cividis"](0.85 * (1 - i / len(sizes)))
         left.plot(*zip(*points), color=colour, marker="os^Dv"[i % 5], label=f"{N:,}")
-    left.set(title="names: one algorithm", xlabel="D: numbers seen, once", ylabel="loss (nats)")
+    left.plot(NAMES, [law.loss(sizes[-1], D) for D in NAMES], color="#222222", linestyle="--", linewidth=1.5,
+              label="fit, largest N")
+    left.set(title="names: one algorithm", xlabel="D: numbers, one epoch", ylabel="loss (nats)")
     left.legend(title="N: parameters", fontsize=11, title_fontsize=11, loc="lower left")
     for a, colour, marker in zip(TAILS, ("#0072B2", "#E69F00", "#009E73"), "os^"):
         p, runs = probabilities(a), mean_runs(found[a])
@@ -417,67 +486,21 @@ def main() -> None:
         laws = {language: [fit_law(runs, E=0.0) for runs in (means[language], *found[language])] for language in found}
         checks = {(a, C): check_optimum(a, compute_optimal(laws[a][0], C)[0], C, bar) for a in TAILS for C in BUDGETS}
 
-    ps = {a: probabilities(a) for a in TAILS}
-    ideal = {a: [(N, D, ideal_loss(ps[a], N // WIDTH, D)) for N, D, _ in means[a]] for a in TAILS}
+    ideal = {a: [(N, D, ideal_loss(probabilities(a), N // WIDTH, D)) for N, D, _ in means[a]] for a in TAILS}
     print(f"\nNAMES: loss on held-out names, nats per word, mean of {len(SEEDS)} seeds\n"
-          f"D numbers, each seen once. The floor E is 0; guessing costs "
-          f"{math.log(len(decoder_only.VOCABULARY)):.2f}")
-    print_losses(means["names"])
+          f"D numbers, each used once. The floor E is 0; guessing costs {math.log(len(VOCABULARY)):.2f}")
+    show_losses(means["names"])
     for a in TAILS:
         print(f"\nNICKNAMES, a = {a:g}: loss over the whole language, nats, mean of {len(SEEDS)} seeds (in brackets: "
               f"computed)\nD draws, one epoch. The floor E is 0; guessing costs {math.log(NUM_NICKNAMES):.2f}")
-        print_losses(means[a], lambda N, D, a=a: ideal_loss(ps[a], N // WIDTH, D))
+        show_losses(means[a], ideal[a])
         ratios = [loss / best for (*_, loss), (*_, best) in zip(means[a], ideal[a])]
         say(f"Measured / computed: {min(ratios):.2f} to {max(ratios):.2f}. The excess over 1 is the loss on facts that "
             "were seen but not learned well enough yet.")
-
-    print("\nIS IT A POWER LAW IN D? The exponent between neighboring D, for the largest N\n")
-    for language, runs in means.items():
-        name = language if language == "names" else f"nicknames, a = {language:g}"
-        print(f"  {name:22}" + "".join(f"{exponent:8.2f}" for exponent in local_exponents(runs)))
-        if language in ideal:
-            print(f"  {'  computed':22}" + "".join(f"{exponent:8.2f}" for exponent in local_exponents(ideal[language]))
-                  + f"   for D without end: a / (1 + a) = {language / (1 + language):.2f}")
-
-    print("\nTHE FIT of loss = (N0 / N)^alpha + (D0 / D)^beta to the mean losses (in brackets: to each seed)\n"
-          "R^2: of the logarithm; error: the root mean square error of the logarithm, as a factor\n\n"
-          f"  {'':19}{'alpha':>21}{'beta':>21}{'N0':>10}{'D0':>10}{'R^2':>7}{'error':>8}")
-    for language, fits in laws.items():
-        name = language if language == "names" else f"nicknames, a = {language:g}"
-        rows = [(name, fits[0], means[language])]
-        if language in ideal:
-            rows.append(("  computed losses", fit_law(ideal[language], E=0.0), ideal[language]))
-        for name, law, runs in rows:
-            exponents = ([with_range([getattr(fit, key) for fit in fits], 2) for key in ("alpha", "beta")]
-                         if law is fits[0] else [f"{law.alpha:.2f}", f"{law.beta:.2f}"])
-            R2, error = quality(law, runs)
-            print(f"  {name:19}{exponents[0]:>21}{exponents[1]:>21}{law.N0:10.3g}{law.D0:10.3g}{R2:7.3f}{error:8.2f}")
-        if language in ideal:
-            print(f"  {'  in the limit':19}{language:21.2f}{language / (1 + language):21.2f}")
-    for language, runs in means.items():
-        name = language if language == "names" else f"nicknames, a = {language:g}"
-        predicted, measured = extrapolate(runs)
-        say(f"Extrapolation, {name}: fitted without the largest N and the largest D, the law predicts {predicted:.4f} "
-            f"for both; measured {measured:.4f}, a factor of {max(predicted / measured, measured / predicted):.2f}.")
-
-    print("\nCOMPUTE-OPTIMAL N AND D for C = 6 N D, by the fit; computed: the N with the lowest computed loss\n"
-          "Last columns: the loss of tables of size N/4, N and 4N, each trained with budget C\n\n"
-          f"  {'':8}{'C':>8}{'N':>24}{'computed':>10}{'D':>9}{'D / N':>7}{'loss':>8}{'N/4':>8}{'N':>8}{'4N':>8}")
-    hits = 0
-    for (a, C), trained in checks.items():
-        N, D = compute_optimal(laws[a][0], C)
-        sizes = with_range([compute_optimal(law, C)[0] for law in laws[a]], 0)
-        smaller, same, larger = [losses for *_, losses in trained]
-        hits += all(max(same) < min(other) for other in (smaller, larger))
-        print(f"  a = {a:<4g}{C:8.0e}{sizes:>24}{count_parameters(ideal_rows(ps[a], C)):10,}{D:9,.0f}{D / N:7.1f}"
-              f"{laws[a][0].loss(N, D):8.4f}{statistics.mean(smaller):8.4f}{statistics.mean(same):8.4f}"
-              f"{statistics.mean(larger):8.4f}")
-    say(f"In {hits} of {len(checks)} cases the table of size N had a lower loss than both others with every seed.")
-    for a in TAILS:
-        growth = with_range([law.beta / (law.alpha + law.beta) for law in laws[a]], 2)
-        say(f"a = {a:g}: the optimal N grows as C to the power {growth} by the fit, {1 / (2 + a):.2f} in the limit by "
-            "the computed loss. For text: 0.73 (Kaplan et al.), 0.5 (Hoffmann et al.).")
-    save_figure(draw(found), FIGURE)
+    show_exponents(means, ideal)
+    show_fits(laws, means, ideal)
+    show_optima(laws, checks)
+    save_figure(draw(found, laws["names"][0]), FIGURE)
 
 
 if __name__ == "__main__":
