@@ -348,7 +348,7 @@ def say(text: str) -> None:
     print("\n" + textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  "))
 
 
-def name_of(language: str | float) -> str:
+def title_of(language: str | float) -> str:
     return language if language == "names" else f"nicknames, a = {language:g}"
 
 
@@ -365,11 +365,11 @@ def show_exponents(means: dict, ideal: dict) -> None:
     """Whether the loss is a power of D."""
     print("\nIS IT A POWER LAW IN D? The exponent between neighboring D, for the largest N\n")
     for language, runs in means.items():
-        print(f"  {name_of(language):22}" + "".join(f"{exponent:8.2f}" for exponent in local_exponents(runs)))
+        print(f"  {title_of(language):22}" + "".join(f"{exponent:8.2f}" for exponent in local_exponents(runs)))
         if language in ideal:
             print(f"  {'  computed':22}" + "".join(f"{exponent:8.2f}" for exponent in local_exponents(ideal[language]))
                   + f"   in the limit: a / (1 + a) = {language / (1 + language):.2f}")
-    ranges = [(name_of(language), local_exponents(runs)) for language, runs in means.items()]
+    ranges = [(title_of(language), local_exponents(runs)) for language, runs in means.items()]
     say("A power law has the same exponent everywhere. Measured: "
         + "; ".join(f"{name}: {min(exponents):.2f} to {max(exponents):.2f}" for name, exponents in ranges) + ".")
 
@@ -387,7 +387,7 @@ def show_fits(laws: dict, means: dict, ideal: dict) -> None:
 
     errors = []
     for language, fits in laws.items():
-        row(name_of(language), [with_range([getattr(law, key) for law in fits], 2) for key in ("alpha", "beta")],
+        row(title_of(language), [with_range([getattr(law, key) for law in fits], 2) for key in ("alpha", "beta")],
             fits[0], means[language])
         if language in ideal:
             law = fit_law(ideal[language], E=0.0)
@@ -397,7 +397,7 @@ def show_fits(laws: dict, means: dict, ideal: dict) -> None:
         f"{' and '.join(f'{error:.2f}' for error in errors)}: a sum of two powers is an approximation.")
     for language, runs in means.items():
         predicted, measured = extrapolate(runs)
-        say(f"Extrapolation, {name_of(language)}: fitted without the largest N and the largest D, the law predicts "
+        say(f"Extrapolation, {title_of(language)}: fitted without the largest N and the largest D, the law predicts "
             f"{predicted:.4f} for the largest run; measured {measured:.4f}, a factor of "
             f"{max(predicted / measured, measured / predicted):.2f}.")
 
