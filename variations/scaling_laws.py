@@ -302,8 +302,7 @@ def measure(bar) -> dict[str | float, list[list[tuple]]]:
 
 def mean_runs(runs_by_seed: list[list[tuple]]) -> list[tuple]:
     """The runs with their loss averaged over the seeds."""
-    return [(N, D, statistics.mean(losses)) for (N, D, _), losses in
-            zip(runs_by_seed[0], zip(*([loss for *_, loss in runs] for runs in runs_by_seed)))]
+    return [(*same[0][:2], statistics.mean(loss for *_, loss in same)) for same in zip(*runs_by_seed)]
 
 
 def local_exponents(runs: list[tuple]) -> list[float]:
@@ -412,8 +411,8 @@ def show_optima(laws: dict, checks: dict) -> None:
         N, D = compute_optimal(laws[a][0], C)
         sizes = with_range([compute_optimal(law, C)[0] for law in laws[a]], 0)
         best = count_parameters(ideal_rows(probabilities(a), C))
-        smaller, same, larger = [losses for *_, losses in trained]
-        hits += all(max(same) < min(other) for other in (smaller, larger))
+        (*_, smaller), (*_, same), (*_, larger) = trained
+        hits += max(same) < min(smaller + larger)
         print(f"  a = {a:<4g}{C:8.0e}{sizes:>24}{best:10,}{D:9,.0f}{D / N:7.1f}{laws[a][0].loss(N, D):8.4f}"
               + "".join(f"{statistics.mean(losses):8.4f}" for losses in (smaller, same, larger)))
     say(f"In {hits} of {len(checks)} cases the table of size N had a lower loss than both others, beyond seed noise.")
