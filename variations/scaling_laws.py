@@ -103,7 +103,7 @@ NAMES = (320, 1280, 5120, 20480)                # D: numbers to train on, each u
 BATCH_SIZE = 32
 SEEDS = (0, 1, 2)         # of weights, draws and nicknames
 HUBER = 1e-3              # where the Huber loss of the fit turns linear, as in Hoffmann et al.
-BUDGETS = (1e7, 1e8, 1e9) # C = 6 N D. Try 1e10: the optimum lies outside the measured range, and training takes longer
+BUDGETS = (1e7, 1e8, 1e9) # C = 6 N D. Try 1e10: beyond the range of D that was fitted, and slower to test
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "scaling_laws.png"
 
 # ======================================================================================================
@@ -398,14 +398,14 @@ def show_fits(laws: dict, means: dict, ideal: dict) -> None:
         predicted, measured = extrapolate(runs)
         say(f"Extrapolation, {title_of(language)}: fitted without the largest N and the largest D, the law predicts "
             f"{predicted:.4f} for the largest run; measured {measured:.4f}, a factor of "
-            f"{max(predicted / measured, measured / predicted):.2f}.")
+            f"{max(predicted / measured, measured / predicted):.3g}.")
 
 
 def show_optima(laws: dict, checks: dict) -> None:
     """The optimal N and D for each budget, and the losses of the tables trained to test them."""
     print("\nCOMPUTE-OPTIMAL N AND D for C = 6 N D, by the fit; computed: the N with the lowest computed loss\n"
           "Last columns: the loss of tables of size N/4, N and 4N, each trained with budget C\n\n"
-          f"  {'':8}{'C':>8}{'N':>24}{'computed':>10}{'D':>9}{'D / N':>7}{'loss':>8}{'N/4':>8}{'N':>8}{'4N':>8}")
+          f"  {'':7}{'C':>6}{'N':>26}{'computed':>10}{'D':>9}{'D / N':>7}{'loss':>8}{'N/4':>8}{'N':>8}{'4N':>8}")
     hits = 0
     for (a, C), trained in checks.items():
         N, D = compute_optimal(laws[a][0], C)
@@ -413,7 +413,7 @@ def show_optima(laws: dict, checks: dict) -> None:
         best = count_parameters(ideal_rows(probabilities(a), C))
         (*_, smaller), (*_, same), (*_, larger) = trained
         hits += max(same) < min(smaller + larger)
-        print(f"  a = {a:<4g}{C:8.0e}{sizes:>24}{best:10,}{D:9,.0f}{D / N:7.1f}{laws[a][0].loss(N, D):8.4f}"
+        print(f"  a = {a:<3g}{C:6.0e}{sizes:>26}{best:10,}{D:9,.0f}{D / N:7.1f}{laws[a][0].loss(N, D):8.4f}"
               + "".join(f"{statistics.mean(losses):8.4f}" for losses in (smaller, same, larger)))
     say(f"In {hits} of {len(checks)} cases the table of size N had a lower loss than both others, beyond seed noise.")
     for a in TAILS:
