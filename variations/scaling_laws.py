@@ -195,6 +195,12 @@ def make_nicknames(seed: int) -> torch.Tensor:
     return torch.randint(NUM_NICKNAMES, (NUM_FACTS,), generator=torch.Generator().manual_seed(seed))
 
 
+def draw_facts(p: torch.Tensor, D: int, seed: int) -> torch.Tensor:
+    """D independent draws, (D). A uniform number lies in the k-th interval of the cumulative sum with probability p_k."""
+    uniform = torch.rand(D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.searchsorted(p.cumsum(0), uniform).clamp(max=len(p) - 1)  # the sum may round to below 1
+
+
 def ideal_loss(p: torch.Tensor, rows: int, D: int) -> float:
     """Expected loss of a learner that remembers each of the `rows` first facts once seen, and guesses the others."""
     unseen = (p[:rows] * (1 - p[:rows]) ** D).sum() + p[rows:].sum()
@@ -232,10 +238,8 @@ def train_table(a: float, rows: int, draws: tuple[int, ...], seed: int, bar) -> 
     run over 2048, and one run gives all D. With a decaying rate each D needs its own run with its own schedule: a
     long schedule cut short understates small D, which is what Hoffmann et al. criticized in Kaplan et al.
     """
-    p, nicknames, generator = probabilities(a), make_nicknames(seed), torch.Generator().manual_seed(seed)
-    # A uniform number falls into the k-th interval of the cumulative sum with probability p_k.
-    facts = torch.searchsorted(p.cumsum(0), torch.rand(draws[-1], generator=generator, dtype=torch.float64))
-    facts = facts.clamp(max=NUM_FACTS - 1)  # the sum may round to below 1
+    p, nicknames = probabilities(a), make_nicknames(seed)
+    facts = draw_facts(p, draws[-1], seed)                                              # (D)
     torch.manual_seed(seed)
     model, losses = LookupTable(rows), []
     # Adagrad (Duchi et al. 2011) divides by the root of the sum of a weight's squared gradients: a row moves by a full

@@ -19,6 +19,7 @@ from variations.scaling_laws import (
     check_optimum,
     compute_optimal,
     count_parameters,
+    draw_facts,
     draw_numbers,
     extrapolate,
     fit_law,
@@ -147,14 +148,10 @@ def test_facts_without_a_row_and_unseen_facts_are_guessed_uniformly_and_stay_so_
     assert sum(weight.numel() for weight in model.parameters()) == count_parameters(4) + scaling_laws.WIDTH * (1 + 32)
 
 
-def test_draws_follow_the_probabilities():
-    """A table with one row per fact, trained on D draws, leaves just the facts unseen that the sum says."""
-    p, generator = probabilities(0.5), torch.Generator().manual_seed(0)
-    shares = []
-    for _ in range(20):
-        facts = torch.searchsorted(p.cumsum(0), torch.rand(500, generator=generator, dtype=torch.float64))
-        shares.append(1 - p[facts.unique()].sum().item())
-    assert GUESSING * statistics.mean(shares) == pytest.approx(ideal_loss(p, NUM_FACTS, 500), rel=0.03)
+def test_the_share_that_real_draws_leave_unseen_is_the_computed_one():
+    p = probabilities(0.5)
+    unseen = [1 - p[draw_facts(p, 500, seed).unique()].sum().item() for seed in range(20)]
+    assert GUESSING * statistics.mean(unseen) == pytest.approx(ideal_loss(p, NUM_FACTS, 500), rel=0.03)
 
 
 def test_a_run_is_the_beginning_of_a_longer_one_and_its_loss_stays_above_what_was_unseen():
