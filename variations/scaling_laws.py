@@ -196,7 +196,7 @@ def make_nicknames(seed: int) -> torch.Tensor:
 
 
 def draw_facts(p: torch.Tensor, D: int, seed: int) -> torch.Tensor:
-    """D independent draws, (D). A uniform number lies in the k-th interval of the cumulative sum with probability p_k."""
+    """D independent draws, (D): a uniform number falls into the k-th interval of the cumulative sum with p_k."""
     uniform = torch.rand(D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.searchsorted(p.cumsum(0), uniform).clamp(max=len(p) - 1)  # the sum may round to below 1
 
