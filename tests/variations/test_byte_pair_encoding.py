@@ -1,0 +1,231 @@
+"""Byte-pair encoding: the merges of the definition, text that survives any tokenizer, a model that follows it."""
+
+import random
+from collections import Counter
+
+import decoder_only
+import pytest
+import torch
+from conftest import tiny
+from toy_dataset import EOS_ID, PAD_ID, VOCABULARY, decoder_only_example, make_splits, number_to_words, pad_batch
+
+from variations import byte_pair_encoding
+from variations.byte_pair_encoding import CONTROL, BytePairEncoding, Words, exchange, make_example, merge_pair, written
+
+NUMBERS = make_splits().train[:200]
+NAMES = [" ".join(number_to_words(number)) for number in NUMBERS]
+ANY_TEXT = ["", " ", "  two  hundred ", "fourty two", "\n\t", "two\nhundred", "\N{SNOWMAN} \U0001f642", "\u56db\u5341",
+            "\x00", "<EOS>", "42", "hundred" * 3, "na\u00efve"]
+
+
+def naive_merges(texts, num_merges):
+    """The definition: after each merge every pair of every text is counted again."""
+    texts, learned = [[bytes([byte]) for byte in text.encode()] for text in texts], []
+    while len(learned) < num_merges:
+        counts = Counter((a, b) for tokens in texts for a, b in zip(tokens, tokens[1:]))
+        if not counts:
+            break
+        (a, b), count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[0]
+        learned.append(((a, b), count))
+        for tokens in texts:
+            i = 0
+            while i < len(tokens) - 1:
+                if (tokens[i], tokens[i + 1]) == (a, b):
+                    tokens[i:i + 2] = [a + b]
+                i += 1
+    return learned
+
+
+def naive_tokens(text, merges):
+    """Each merge in turn, over the whole text."""
+    tokens = [bytes([byte]) for byte in text.encode()]
+    for pair in merges:
+        tokens = merge_pair(tokens, pair)
+    return tokens
+
+
+@pytest.fixture(scope="module", params=["characters", "16 merges", "all", "across words"])
+def tokenizer(request):
+    num_merges = {"characters": 0, "16 merges": 16}.get(request.param, 150)
+    return BytePairEncoding(across_words=request.param == "across words").train(NAMES, num_merges)
+
+
+def learned_by(tokenizer):
+    return list(zip(tokenizer.ranks, tokenizer.counts))
+
+
+def test_the_learned_merges_and_their_counts_are_those_of_recounting_after_each_merge():
+    words = [part for name in NAMES for part in BytePairEncoding().split(name)]
+    assert learned_by(BytePairEncoding().train(NAMES, 200)) == naive_merges(words, 200)
+    assert learned_by(BytePairEncoding(across_words=True).train(NAMES[:40], 80)) == naive_merges(NAMES[:40], 80)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_merges_are_those_of_the_definition_on_random_texts_full_of_ties_and_repetitions(seed):
+    rng = random.Random(seed)
+    texts = ["".join(rng.choices("ab ", k=rng.randrange(12))) for _ in range(20)]
+    assert learned_by(BytePairEncoding(across_words=True).train(texts, 30)) == naive_merges(texts, 30)
+
+
+def test_equally_frequent_pairs_are_merged_in_byte_order_whatever_the_order_of_the_texts():
+    texts = ["zy", "xw", "vu", "xy"]
+    for order in (texts, texts[::-1]):
+        learned = BytePairEncoding().train(order, 10).ranks
+        assert list(learned) == [(b"v", b"u"), (b"x", b"w"), (b"x", b"y"), (b"z", b"y")]
+
+
+def test_merging_goes_from_left_to_right_and_does_not_overlap():
+    assert merge_pair([b"a"] * 5, (b"a", b"a")) == [b"aa", b"aa", b"a"]
+    assert merge_pair([b"a", b"b", b"ab", b"b"], (b"a", b"b")) == [b"ab", b"ab", b"b"]
+
+
+def test_decoding_gives_back_any_text(tokenizer):
+    rng = random.Random(0)
+    strange = ["".join(chr(rng.choice([rng.randrange(0xD800), rng.randrange(32, 127)])) for _ in range(30))
+               for _ in range(20)]
+    for text in ANY_TEXT + NAMES + strange:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_encoding_applies_the_merges_in_the_order_in_which_they_were_learned(tokenizer):
+    for text in [text for text in ANY_TEXT if text] + NAMES:
+        expected = [token for part in tokenizer.split(text) for token in naive_tokens(part, tokenizer.ranks)]
+        assert [tokenizer.tokens[i] for i in tokenizer.encode(text)] == expected
+
+
+def test_merges_are_applied_by_rank_and_not_by_length_or_position():
+    tokenizer = BytePairEncoding().train(["bc"] * 3 + ["ab"] * 2, 2)
+    assert [tokenizer.tokens[i] for i in tokenizer.encode("abc")] == [b"a", b"bc"]
+
+
+def test_without_merges_a_token_is_a_byte():
+    text = "two \N{SNOWMAN}"
+    assert [i - len(CONTROL) for i in BytePairEncoding().train(NAMES, 0).encode(text)] == list(text.encode())
+
+
+def test_bytes_that_are_not_text_are_decoded_without_an_error(tokenizer):
+    snowman = tokenizer.encode("\N{SNOWMAN}")
+    assert tokenizer.decode(snowman[:-1]) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_text_never_becomes_a_control_token(tokenizer):
+    for text in [*VOCABULARY[:len(CONTROL)], " ".join(CONTROL)]:
+        assert min(tokenizer.encode(text)) >= len(CONTROL)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_id_is_a_token_of_its_own(tokenizer):
+    assert sorted(tokenizer.ids.values()) == list(range(len(CONTROL), len(tokenizer.tokens)))
+    assert all(tokenizer.tokens[i] == token for token, i in tokenizer.ids.items())
+
+
+def test_two_merges_that_give_the_same_bytes_share_one_token():
+    tokenizer = BytePairEncoding()
+    for pair in ((b"a", b"b"), (b"b", b"c"), (b"ab", b"c"), (b"a", b"bc")):
+        tokenizer.add(pair, 1)
+    assert len(tokenizer.ranks) == 4 and tokenizer.tokens.count(b"abc") == 1
+    assert len(tokenizer.ids) == 256 + 3
+
+
+def test_within_words_merges_end_when_each_word_is_one_token_and_never_span_two():
+    tokenizer = BytePairEncoding().train(NAMES, 10_000)
+    assert len(tokenizer.ranks) < 200 and not any(b" " in token[1:] for token in tokenizer.ids)
+    for name in NAMES:
+        assert len(tokenizer.encode(name)) == len(name.split())
+
+
+def test_words_are_the_bases_tokens_and_others_are_a_value_error():
+    words, number = Words(), 90210
+    assert make_example(number, words) == decoder_only_example(number, loss_on_prompt=False)
+    assert words.decode(words.encode("forty two")) == "forty two"
+    with pytest.raises(ValueError, match="'fourty' is not in the vocabulary"):
+        words.encode("fourty two")
+
+
+def test_examples_predict_the_name_and_the_end_from_the_same_prompt_in_every_tokenizer(tokenizer):
+    example, base = make_example(342, tokenizer), decoder_only_example(342, loss_on_prompt=False)
+    prompt = decoder_only.make_prompt(342)
+    assert example["ids"][:len(prompt)] == base["ids"][:len(prompt)] == prompt
+    name = tokenizer.encode("three hundred forty two")
+    assert example["ids"][len(prompt):] == name and example["targets"][len(prompt) - 1:] == [*name, EOS_ID]
+    assert example["targets"][:len(prompt) - 1] == base["targets"][:len(prompt) - 1]
+
+
+def model_for(tokenizer):
+    return exchange(tiny(decoder_only, max_length=byte_pair_encoding.MAX_LENGTH), tokenizer)
+
+
+def test_embedding_table_and_output_layer_follow_the_vocabulary_and_the_rest_is_the_base(tokenizer):
+    base, model = tiny(decoder_only, max_length=byte_pair_encoding.MAX_LENGTH), model_for(tokenizer)
+    ids = torch.tensor([make_example(90210, tokenizer)["ids"]])
+    assert model(ids).shape == (*ids.shape, len(tokenizer.tokens)) == (*ids.shape, len(model.embedding.weight))
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name != "embedding.weight"}
+    assert kept.keys() == base.state_dict().keys() - {"embedding.weight"}
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in kept.items())
+
+
+def test_the_longest_name_fits_the_model_byte_by_byte():
+    example = make_example(373373, BytePairEncoding())
+    assert len(example["ids"]) == 72 <= byte_pair_encoding.MAX_LENGTH
+
+
+def test_padding_changes_no_logit_of_a_real_token(tokenizer):
+    model, examples = model_for(tokenizer), [make_example(number, tokenizer) for number in (7, 342, 90210)]
+    together = model(pad_batch(examples)["ids"])
+    for example, logits in zip(examples, together):
+        torch.testing.assert_close(logits[:len(example["ids"])], model(torch.tensor([example["ids"]]))[0])
+
+
+def test_cached_generation_gives_the_recomputed_tokens_alone_and_in_a_batch(tokenizer):
+    model, prompts = model_for(tokenizer), [decoder_only.make_prompt(number) for number in (7, 342, 90210)]
+    together, recomputed = (decoder_only.generate(model, prompts, 30, use_cache=cache) for cache in (True, False))
+    assert torch.equal(together, recomputed)
+    for row, prompt in zip(together, prompts):
+        alone = decoder_only.generate(model, [prompt], 30)[0]
+        assert torch.equal(row[:len(alone)], alone)
+
+
+def test_what_is_generated_is_read_up_to_the_end_of_the_answer(tokenizer):
+    row = torch.tensor([*tokenizer.encode("forty two"), EOS_ID, PAD_ID, PAD_ID])
+    assert written(tokenizer, row) == written(tokenizer, row[:-3]) == "forty two"
+
+
+def test_the_base_trains_and_evaluates_a_model_with_another_tokenizer():
+    tokenizer = BytePairEncoding().train(NAMES, 40)
+    batch, model = pad_batch([make_example(number, tokenizer) for number in (7, 342)]), model_for(tokenizer)
+    optimizer = decoder_only.create_optimizer(model)
+    for _ in range(40):
+        decoder_only.train_step(model, batch, optimizer, 1e-2)
+    assert decoder_only.evaluate(model, [batch])["exact_match"] == 1
+    rows = decoder_only.generate(model, [decoder_only.make_prompt(number) for number in (7, 342)], 40)
+    assert [written(tokenizer, row) for row in rows] == ["seven", "three hundred forty two"]
+
+
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys, tmp_path):
+    picture = tmp_path / "new" / "picture.png"
+    small = dict(D_MODEL=16, NUM_STEPS=2, NAMES_PER_STEP=4, TOKENS_PER_STEP=150, NUM_TESTS=10, NUM_TIMED=1,
+                 SEEDS=(0, 1), MERGES_ACROSS=40, MAX_LENGTH=80, FIGURE=picture)
+    for name, value in small.items():
+        monkeypatch.setattr(byte_pair_encoding, name, value)
+    splits = make_splits()
+    few = splits._replace(train=splits.train[:40], validation=splits.validation[:20], test=splits.test[:20])
+    monkeypatch.setattr(byte_pair_encoding, "make_splits", lambda: few)
+    byte_pair_encoding.main()
+    printed = capsys.readouterr().out
+    titles = ("MERGES WITHIN WORDS", "MERGES ACROSS WORDS", "WHAT A MISSPELLING BECOMES", "EQUAL TOKENS", "EQUAL NAMES")
+    assert all(title in printed for title in titles) and printed.isascii()
+    assert "ValueError: \"'fourty' is not in the vocabulary\"" in printed
+    assert [line for line in printed.splitlines() if len(line) > 100] == []
+    assert picture.stat().st_size < 200_000
+
+
+@pytest.mark.parametrize("name, value, sentence", [
+    ("TOKENS_PER_STEP", 10, "TOKENS_PER_STEP = 10 must be a whole number"),
+    ("NUM_MERGES", (16, 64), "NUM_MERGES = (16, 64) must be ascending and start with 0"),
+    ("NUM_STEPS", 0, "NUM_STEPS = 0 must be a whole number, at least 1"),
+])
+def test_constants_that_do_not_fit_are_refused_in_one_sentence(monkeypatch, name, value, sentence):
+    monkeypatch.setattr(byte_pair_encoding, name, value)
+    with pytest.raises(byte_pair_encoding.InputError) as caught:
+        byte_pair_encoding.main()
+    assert str(caught.value).startswith(sentence)
