@@ -141,6 +141,19 @@ BREAKS = [
           "log_G + alpha / (alpha + beta)", "the budget goes to parameters where it should go to data"),
     Break("facts without a row share a trained one", "variations/scaling_laws", "padding_idx=rows, sparse=True",
           "sparse=True", "their nicknames compete for one row: worse than guessing, above the computed loss"),
+    Break("ties in the order of the texts", "variations/byte_pair_encoding",
+          "min(pairs, key=lambda pair: (-pairs[pair], self.tokens[pair[0]], self.tokens[pair[1]], pair))",
+          "max(pairs, key=pairs.get)",
+          "shuffled texts give other merges: two machines no longer share a vocabulary"),
+    Break("merges applied from left to right", "variations/byte_pair_encoding",
+          "self.merges.get(pair, math.inf))\n", "pair not in self.merges)\n",
+          "text survives, in other tokens than those that were counted when the merges were learned"),
+    Break("tokens decoded one at a time", "variations/byte_pair_encoding",
+          'b"".join(self.tokens[i] for i in ids).decode(errors="replace")',
+          '"".join(self.tokens[i].decode(errors="replace") for i in ids)',
+          "English is unaffected; a character of several bytes becomes several replacement characters"),
+    Break("spaces lost between words", "variations/byte_pair_encoding", '" ?[^ ]+| "', '"[^ ]+"',
+          "shorter sequences, and names decoded without spaces: none is correct"),
 ]
 # How a broken variation is put into the model before it is trained; `v` is its module.
 EXCHANGES = {

@@ -17,8 +17,8 @@ On paper: of the pairs in "one", "none" and "nine", (n, e) is the most frequent,
 "nineteen" was not in the text and is spelled from what was:
 
 >>> tokenizer = BytePairEncoding().train(["one", "none", "nine"], num_merges=2)
->>> [(pair, count) for pair, count in zip(tokenizer.ranks, tokenizer.counts)]
-[((b'n', b'e'), 3), ((b'o', b'ne'), 2)]
+>>> [(tokenizer.tokens[a], tokenizer.tokens[b], count) for (a, b), count in zip(tokenizer.merges, tokenizer.counts)]
+[(b'n', b'e', 3), (b'o', b'ne', 2)]
 >>> [tokenizer.tokens[i] for i in tokenizer.encode("nineteen")]
 [b'n', b'i', b'ne', b't', b'e', b'e', b'n']
 
@@ -49,8 +49,8 @@ import statistics
 import sys
 import textwrap
 import time
-from collections import Counter
-from itertools import pairwise
+from collections import Counter, defaultdict
+from itertools import pairwise, product
 from pathlib import Path
 
 import matplotlib
@@ -76,11 +76,11 @@ MISSPELLINGS = ("forty two", "fourty two", "ninty", "Forty-two", "\N{SNOWMAN} tw
 
 D_MODEL = 64
 TOKENS_PER_STEP = 1000           # equal tokens: an update sees as many names as give this many. Try 4000
-NAMES_PER_STEP = 64              # equal names: an update sees this many, however many tokens they are
-NUM_STEPS = 300                  # updates in every run. Try 1000: does the order of the rows change?
-LEARNING_RATE = 4e-3
+NAMES_PER_STEP = 32              # equal names: an update sees this many, however many tokens they are
+NUM_STEPS = 250                  # updates in every run. Try 1000: does the order of the rows change?
+LEARNING_RATE = 8e-3             # of 2e-3, 4e-3, 8e-3 and 16e-3 the best or nearly so for every row
 NUM_TESTS = 1000                 # held-out numbers for loss and exact match
-NUM_TIMED = 20                   # numbers named one at a time, for milliseconds per name
+NUM_GENERATED = 20               # of them, generated one at a time, for milliseconds per name
 SEEDS = (0, 1, 2)                # of initial weights and order of names
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "byte_pair_encoding.png"
 
@@ -91,31 +91,29 @@ FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "by
 CONTROL = SPECIAL_TOKENS + DIGITS  # <PAD> ... <MASK> and the digits of prompts keep the ids that they have in the base
 
 
-def merge_pair(tokens: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    """Replace each occurrence of the pair by one token, from left to right.
+def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """Replace each occurrence of the pair by the id `new`, from left to right.
 
-    >>> merge_pair([b"n", b"o", b"n", b"e"], (b"n", b"e"))
-    [b'n', b'o', b'ne']
+    >>> merge_pair([5, 1, 2, 1, 2, 2], (1, 2), new=9)
+    [5, 9, 9, 2]
     """
     merged = []
-    for token in tokens:
-        if merged and (merged[-1], token) == pair:
-            merged[-1] += token
+    for i in ids:
+        if merged and (merged[-1], i) == pair:
+            merged[-1] = new
         else:
-            merged.append(token)
+            merged.append(i)
     return merged
 
 
 class BytePairEncoding:
-    """Text <-> ids. A token is a byte string: one of the 256 bytes, or what merges have made of them."""
+    """Text <-> ids. A token is a byte string: one of the 256 bytes, or what a merge has made of two tokens."""
 
     def __init__(self, across_words: bool = False):
         self.across_words = across_words
-        self.ranks = {}    # pair -> its place in the order of learning
-        self.counts = []   # how often each pair occurred when it was merged
         self.tokens = [token.encode() for token in CONTROL] + [bytes([byte]) for byte in range(256)]  # by id
-        # Text is never encoded to control tokens: "<EOS>" typed by a user is five bytes, and does not end the answer.
-        self.ids = {token: i for i, token in enumerate(self.tokens) if i >= len(CONTROL)}
+        self.merges = {}   # pair of ids -> id of the token that replaces it, in the order of learning
+        self.counts = []   # how often each of these pairs occurred when it was merged
 
     def split(self, text: str) -> list[str]:
         """The parts within which merges take place: words, each with the space before it, or the whole text.
@@ -125,6 +123,10 @@ class BytePairEncoding:
         """
         return [text] if self.across_words else re.findall(" ?[^ ]+| ", text)
 
+    def spell(self, text: str) -> list[int]:
+        """The ids of the text's bytes. Never control tokens: "<EOS>" in a text is five bytes and ends nothing."""
+        return [len(CONTROL) + byte for byte in text.encode()]
+
     def train(self, texts: list[str], num_merges: int):
         """Learn merges from texts: num_merges, or fewer if every part has become one token. Returns self.
 
@@ -132,44 +134,42 @@ class BytePairEncoding:
         counts of pairs only in the parts that contain it: the others need no recount.
         """
         parts = Counter(part for text in texts for part in self.split(text))
-        words = [([bytes([byte]) for byte in part.encode()], count) for part, count in parts.items()]
+        words = [(self.spell(part), count) for part, count in parts.items()]
         pairs = Counter()
-        for tokens, count in words:
-            for pair in pairwise(tokens):
+        for ids, count in words:
+            for pair in pairwise(ids):
                 pairs[pair] += count
-        while len(self.ranks) < num_merges and any(pairs.values()):
-            # The pair itself is the second key. With the first alone, ties would depend on the order of the texts.
-            best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-            self.add(best, pairs[best])
-            for i, (tokens, count) in enumerate(words):
-                if best[0] in tokens and len(merged := merge_pair(tokens, best)) < len(tokens):
-                    for pair in pairwise(tokens):
+        while len(self.merges) < num_merges and any(pairs.values()):
+            # Ties go to the pair that comes first in byte order; otherwise they would depend on the order of the texts.
+            best = min(pairs, key=lambda pair: (-pairs[pair], self.tokens[pair[0]], self.tokens[pair[1]], pair))
+            self.merges[best] = new = len(self.tokens)
+            self.tokens.append(self.tokens[best[0]] + self.tokens[best[1]])
+            self.counts.append(pairs[best])
+            for i, (ids, count) in enumerate(words):
+                if best[0] in ids and len(merged := merge_pair(ids, best, new)) < len(ids):
+                    for pair in pairwise(ids):
                         pairs[pair] -= count
                     for pair in pairwise(merged):
                         pairs[pair] += count
                     words[i] = merged, count
         return self
 
-    def add(self, pair: tuple[bytes, bytes], count: int) -> None:
-        """Append a merge to the list, and its token to the vocabulary, unless two other tokens gave the same before."""
-        self.ranks[pair] = len(self.ranks)
-        self.counts.append(count)
-        if pair[0] + pair[1] not in self.ids:
-            self.ids[pair[0] + pair[1]] = len(self.tokens)
-            self.tokens.append(pair[0] + pair[1])
-
     def encode(self, text: str) -> list[int]:
-        """Any text (that UTF-8 can represent) -> ids: apply the merges that occur, the earliest learned first."""
-        ids = []
+        """Any text (that UTF-8 can represent) -> ids.
+
+        The earliest learned merge comes first. It makes no pair that was learned before it, since such a pair can't
+        contain the new token; so this is the same as applying all merges in turn.
+        """
+        encoded = []
         for part in self.split(text):
-            tokens = [bytes([byte]) for byte in part.encode()]
-            while len(tokens) > 1:
-                best = min(pairwise(tokens), key=lambda pair: self.ranks.get(pair, math.inf))
-                if best not in self.ranks:
+            ids = self.spell(part)
+            while len(ids) > 1:
+                best = min(pairwise(ids), key=lambda pair: self.merges.get(pair, math.inf))
+                if best not in self.merges:
                     break
-                tokens = merge_pair(tokens, best)
-            ids += [self.ids[token] for token in tokens]
-        return ids
+                ids = merge_pair(ids, best, self.merges[best])
+            encoded += ids
+        return encoded
 
     def decode(self, ids: list[int]) -> str:
         """The inverse of encode. Bytes that are not valid UTF-8, which a model may well generate, become U+FFFD."""
@@ -232,10 +232,10 @@ def train_tokenizers() -> dict:
     tokenizers = {}
     for num_merges in NUM_MERGES:
         tokenizer = BytePairEncoding().train(names, num_merges)
-        learned = len(tokenizer.ranks)
+        learned = len(tokenizer.merges)
         tokenizers[f"{'all ' * (learned < num_merges)}{learned} merges" if learned else "characters"] = tokenizer
     across = BytePairEncoding(across_words=True).train(names, MERGES_ACROSS)
-    return tokenizers | {f"{len(across.ranks)} across words": across, "words": Words()}
+    return tokenizers | {f"{len(across.merges)} across words": across, "words": Words()}
 
 
 def build(tokenizer, seed: int):
@@ -252,49 +252,44 @@ def draw_batches(examples: list[dict], size: int, seed: int) -> list[dict]:
     return [pad_batch(drawn[i:i + size]) for i in range(0, NUM_STEPS * size, size)]
 
 
-def milliseconds_per_name(model) -> float:
-    """Time to name NUM_TIMED numbers one at a time, greedily, with the KV cache."""
-    start = time.perf_counter()
-    for number in make_splits().test[:NUM_TIMED]:
-        decoder_only.generate(model, [decoder_only.make_prompt(number)], max_new_tokens=MAX_LENGTH, temperature=0.0)
-    return 1000 * (time.perf_counter() - start) / NUM_TIMED
-
-
 def measure(tokenizers: dict, bar) -> dict[str, dict]:
-    """For each row: tokens and milliseconds per name and, for equal "tokens" and equal "names", a training run per
-    seed: names and tokens seen, seconds, exact match, and loss per token and per name."""
-    found = {row: {"tokens": [], "names": []} for row in tokenizers}
-    for seed in SEEDS:
-        for row, tokenizer in tokenizers.items():
-            train, test = ([make_example(number, tokenizer) for number in numbers]
-                           for numbers in (make_splits().train, make_splits().test[:NUM_TESTS]))
-            test_batches = [pad_batch(test[i:i + 500]) for i in range(0, len(test), 500)]
-            targets = statistics.mean(sum(target != IGNORE for target in example["targets"]) for example in test)
-            length = statistics.mean(len(example["ids"]) for example in train)
-            for equal, size in (("tokens", round(TOKENS_PER_STEP / length)), ("names", NAMES_PER_STEP)):
-                batches, model = draw_batches(train, size, seed), build(tokenizer, seed)
-                start = time.perf_counter()
-                decoder_only.train(model, Splits(batches, [], []), 1, LEARNING_RATE, num_evaluations=0, progress=bar)
-                seconds = time.perf_counter() - start
-                tested = decoder_only.evaluate(model, test_batches)
-                found[row][equal].append({
-                    "names": NUM_STEPS * size,
-                    "tokens": sum((batch["ids"] != PAD_ID).sum().item() for batch in batches),
-                    "seconds": seconds, "exact": tested["exact_match"],
-                    "per token": tested["loss"], "per name": tested["loss"] * targets})
-            found[row]["tokens per name"] = targets - 1  # without <EOS>
-            fastest = found[row].get("milliseconds", math.inf)  # the best of the seeds: other work only adds time
-            found[row]["milliseconds"] = min(fastest, milliseconds_per_name(model))
+    """For each row: tokens and milliseconds per name, the wrong answers, and for equal "tokens" and equal "names", by
+    seed, what was seen in training, its seconds, exact match, and loss per token and per name."""
+    found = {row: {"tokens": defaultdict(list), "names": defaultdict(list), "milliseconds": math.inf, "wrong": []}
+             for row in tokenizers}
+    for seed, (row, tokenizer) in product(SEEDS, tokenizers.items()):
+        train, test = ([make_example(number, tokenizer) for number in numbers]
+                       for numbers in (make_splits().train, make_splits().test[:NUM_TESTS]))
+        test_batches = [pad_batch(test[i:i + 500]) for i in range(0, len(test), 500)]
+        targets = statistics.mean(sum(target != IGNORE for target in example["targets"]) for example in test)
+        found[row]["tokens per name"] = targets - 1  # without <EOS>
+        length = statistics.mean(len(example["ids"]) for example in train)
+        for equal, size in (("names", NAMES_PER_STEP), ("tokens", round(TOKENS_PER_STEP / length))):
+            batches, model = draw_batches(train, size, seed), build(tokenizer, seed)
+            start = time.perf_counter()
+            decoder_only.train(model, Splits(batches, [], []), 1, LEARNING_RATE, num_evaluations=0, progress=bar)
+            seconds = time.perf_counter() - start
+            tested = decoder_only.evaluate(model, test_batches)
+            seen = sum((batch["ids"] != PAD_ID).sum().item() for batch in batches)
+            for key, value in (("names", NUM_STEPS * size), ("tokens", seen), ("seconds", seconds),
+                               ("exact", tested["exact_match"]), ("per token", tested["loss"]),
+                               ("per name", tested["loss"] * targets)):
+                found[row][equal][key].append(value)
+        milliseconds, answers = generate_names(model, tokenizer)
+        # The best of the seeds: other work on the machine can only add time.
+        found[row]["milliseconds"] = min(found[row]["milliseconds"], milliseconds)
+        found[row]["wrong"] += [text for text, name in answers if text != name]
     return found
 
 
-def values_of(runs: list[dict], key: str) -> list[float]:
-    return [run[key] for run in runs]
-
-
-def best_of(found: dict, equal: str) -> str:
-    """The row with the highest exact match."""
-    return max(found, key=lambda row: statistics.mean(values_of(found[row][equal], "exact")))
+def generate_names(model, tokenizer) -> tuple[float, list[tuple[str, str]]]:
+    """NUM_GENERATED names, greedily and one at a time: milliseconds per name, and each text with the correct one."""
+    numbers, rows = make_splits().test[:NUM_GENERATED], []
+    start = time.perf_counter()
+    for number in numbers:
+        rows.append(decoder_only.generate(model, [decoder_only.make_prompt(number)], MAX_LENGTH, temperature=0.0)[0])
+    milliseconds = 1000 * (time.perf_counter() - start) / len(numbers)
+    return milliseconds, [(written(tokenizer, row), " ".join(number_to_words(n))) for n, row in zip(numbers, rows)]
 
 
 def show(token: bytes) -> str:
@@ -302,29 +297,30 @@ def show(token: bytes) -> str:
     return token.decode("ascii", "backslashreplace").replace(" ", "_")
 
 
-def print_merges(tokenizers: dict) -> None:
-    """Every merge within words, in the order of learning, and those across words that are not among them."""
-    *_, within, across, _ = tokenizers.values()
-    parts = {part.encode() for number in make_splits().train for part in
-             within.split(" ".join(number_to_words(number)))}
+def print_in_columns(texts: list[str], columns: int) -> None:
+    for i in range(0, len(texts), columns):
+        print("  " + "".join(f"{text:{96 // columns}}" for text in texts[i:i + columns]).rstrip())
 
-    def cells(tokenizer):
-        return [f"{rank + 1:4} {show(a)}+{show(b)}{'*' * (a + b in parts)} {count:,}"
-                for ((a, b), rank), count in zip(tokenizer.ranks.items(), tokenizer.counts)]
 
-    def print_in_columns(texts, columns):
-        for i in range(0, len(texts), columns):
-            print("  " + "".join(f"{text:{96 // columns}}" for text in texts[i:i + columns]).rstrip())
-
+def print_merges(within: BytePairEncoding, across: BytePairEncoding) -> None:
+    """Every merge within words, in the order of learning, and some of those across words."""
+    names = [" ".join(number_to_words(number)) for number in make_splits().train]
+    words = {part.encode() for name in names for part in within.split(name)}
+    cells, spanning = [], []
+    for tokenizer in (within, across):
+        for place, ((a, b), count) in enumerate(zip(tokenizer.merges, tokenizer.counts), start=1):
+            a, b = tokenizer.tokens[a], tokenizer.tokens[b]
+            cell = f"{place:4} {show(a)}+{show(b)}{'*' * (a + b in words)} {count:,}"
+            if tokenizer is within:
+                cells.append(cell)
+            elif b" " in (a + b)[1:]:
+                spanning.append(cell)
     print(f"\nMERGES WITHIN WORDS, in the order of learning, each with its count at that time\n"
-          f"_ is a space; * completes one of the {len(parts)} words, counted with and without a space before them\n")
-    print_in_columns(cells(within), 4)
-    whole = [a + b for a, b in within.ranks if a + b in parts]
-    if parts <= within.ids.keys():
-        say(f"{len(within.ranks)} merges exist: then each of the {len(parts)} words is one token. The first to become "
-            f"one is {show(whole[0])}, the last {show(whole[-1])}.")
-    spanning = [cell for cell, (a, b) in zip(cells(across), across.ranks) if b" " in (a + b)[1:]]
-    print(f"\nMERGES ACROSS WORDS: {len(spanning)} of {len(across.ranks)} tokens go beyond one word. The first and "
+          f"_ is a space; * completes one of the {len(words)} words, counted with and without a space before them\n")
+    print_in_columns(cells, 4)
+    if words <= set(within.tokens):
+        say(f"{len(within.merges)} merges exist: then each of the {len(words)} words is one token.")
+    print(f"\nMERGES ACROSS WORDS: {len(spanning)} of {len(across.merges)} tokens go beyond one word. The first and "
           f"the last of them:\n")
     print_in_columns(spanning[:9] + spanning[9:][-6:], 3)
 
@@ -369,8 +365,8 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def draw(found: dict) -> Figure:
     """Exact match of each row, for equal tokens and for equal names."""
-    best = best_of(found, "tokens")
-    exact = {row: statistics.mean(values_of(result["tokens"], "exact")) for row, result in found.items()}
+    exact = {row: statistics.mean(result["tokens"]["exact"]) for row, result in found.items()}
+    best = max(exact, key=exact.get)
     figure = new_figure(f"After equally many tokens, {exact[best]:.0%} of the names are correct with {best}, "
                         f"{exact['characters']:.0%} with characters", 4.8)
     axes = figure.subplots()
@@ -378,7 +374,7 @@ def draw(found: dict) -> Figure:
             ("tokens", "#0072B2", "o", -0.1, f"equal tokens: {NUM_STEPS} updates of {TOKENS_PER_STEP:,} tokens"),
             ("names", "#E69F00", "s", 0.1, f"equal names: {NUM_STEPS} updates of {NAMES_PER_STEP} names")):
         for x, result in enumerate(found.values()):
-            values = values_of(result[equal], "exact")
+            values = result[equal]["exact"]
             axes.plot([x + shift] * 2, [min(values), max(values)], color=colour, clip_on=False)
             axes.plot(x + shift, statistics.mean(values), marker, color=colour, markersize=9, clip_on=False)
         axes.plot([], [], marker, color=colour, markersize=9, label=label)
@@ -404,34 +400,44 @@ def print_results(found: dict, equal: str) -> None:
           f"mean of\n{len(SEEDS)} seeds (range). Loss in nats per token and per name, and in bits per character; its "
           f"floor is 0\n\n  {'':18}{'names':>9}{'tokens':>11}{'seconds':>9}{'exact match':>24}{'token':>8}{'name':>8}"
           f"{'bits':>8}")
-    exact, seconds = {}, []
-    for row, result in found.items():
-        runs = result[equal]
-        exact[row] = values_of(runs, "exact")
-        seconds.append(statistics.mean(values_of(runs, "seconds")))
-        per_token, per_name = (statistics.mean(values_of(runs, key)) for key in ("per token", "per name"))
-        print(f"  {row:18}{runs[0]['names']:9,}{runs[0]['tokens']:11,}{seconds[-1]:9.1f}{spread(exact[row]):>24}"
-              f"{per_token:8.4f}{per_name:8.3f}{per_name / math.log(2) / letters:8.4f}")
-    best = best_of(found, equal)
+    mean = {row: {key: statistics.mean(values) for key, values in result[equal].items()}
+            for row, result in found.items()}
+    exact = {row: result[equal]["exact"] for row, result in found.items()}
+    for row, values in mean.items():
+        print(f"  {row:18}{values['names']:9,.0f}{values['tokens']:11,.0f}{values['seconds']:9.1f}"
+              f"{spread(exact[row]):>24}{values['per token']:8.4f}{values['per name']:8.3f}"
+              f"{values['per name'] / math.log(2) / letters:8.4f}")
+    best = max(mean, key=lambda row: mean[row]["exact"])
     level = [row for row in found if row != best and not differ(exact[row], exact[best])]
+    seconds = [values["seconds"] for values in mean.values()]
     say(f"Highest exact match: {best}; within seed noise of it (the ranges overlap): {', '.join(level) or 'none'}. "
         f"Training took {min(seconds):.1f} to {max(seconds):.1f} s, a factor of {max(seconds) / min(seconds):.1f}.")
+    order = [", ".join(sorted(mean, key=lambda row: mean[row][loss])) for loss in ("per token", "per name")]
+    say(f"From the lowest loss to the highest, per token: {order[0]}. Per name, which is comparable: {order[1]}.")
+
+
+def print_mistakes(found: dict) -> None:
+    """Wrong names, how many of them contain something that is not a word of the language, and the first."""
+    print(f"\nMISTAKES in {NUM_GENERATED * len(SEEDS)} generated names (equal tokens): wrong, misspelled, and the "
+          f"first wrong one\n")
+    for row, result in found.items():
+        misspelled = sum(not set(text.split()) <= set(WORDS) for text in result["wrong"])
+        first = ascii(result["wrong"][0])[:66] if result["wrong"] else ""
+        print(f"  {row:18}{len(result['wrong']):5}{misspelled:5}  {first}")
 
 
 def main() -> None:
     """The merges, the misspellings, the tokenizers, training for equal tokens and for equal names, the picture."""
-    for name, value in [("NUM_STEPS", NUM_STEPS), ("NAMES_PER_STEP", NAMES_PER_STEP), ("NUM_TESTS", NUM_TESTS),
-                        ("NUM_TIMED", NUM_TIMED)]:
-        check_constant(name, value, int, lambda n: n >= 1, "a whole number, at least 1")
-    check_constant("TOKENS_PER_STEP", TOKENS_PER_STEP, int, lambda n: n >= MAX_LENGTH,
-                   f"a whole number, at least {MAX_LENGTH}, so that it holds a name")
-    for num_merges in [*NUM_MERGES, MERGES_ACROSS]:
-        check_constant("NUM_MERGES, MERGES_ACROSS", num_merges, int, lambda n: n >= 0, "whole numbers, at least 0")
-    check_constant("NUM_MERGES", NUM_MERGES, tuple, lambda rows: 0 in rows and list(rows) == sorted(set(rows)),
-                   "ascending and start with 0, the characters: (0, 16) works")
+    for name, value, lowest in [("NUM_STEPS", NUM_STEPS, 1), ("NAMES_PER_STEP", NAMES_PER_STEP, 1),
+                                ("NUM_TESTS", NUM_TESTS, 1), ("NUM_GENERATED", NUM_GENERATED, 1),
+                                ("TOKENS_PER_STEP", TOKENS_PER_STEP, MAX_LENGTH), ("MERGES_ACROSS", MERGES_ACROSS, 0)]:
+        check_constant(name, value, int, lambda n, lowest=lowest: n >= lowest,
+                       f"a whole number, at least {lowest}")
+    check_constant("NUM_MERGES", NUM_MERGES, tuple, lambda rows: rows[:1] == (0,) and list(rows) == sorted(set(rows)),
+                   "ascending, beginning with 0, the characters: (0, 16) works")
 
     tokenizers = train_tokenizers()
-    print_merges(tokenizers)
+    print_merges(*list(tokenizers.values())[-3:-1])
     print_misspellings(tokenizers)
     total = len(tokenizers) * 2 * len(SEEDS) * NUM_STEPS
     with tqdm(total=total, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
@@ -443,9 +449,7 @@ def main() -> None:
         print(f"  {row:18}{len(tokenizer.tokens):12}{found[row]['tokens per name']:18.2f}"
               f"{found[row]['milliseconds']:14.1f}")
     print_results(found, "tokens")
-    order = [", ".join(sorted(found, key=lambda row: statistics.mean(values_of(found[row]["tokens"], loss))))
-             for loss in ("per token", "per name")]
-    say(f"From the lowest loss to the highest, per token: {order[0]}. Per name, which is comparable: {order[1]}.")
+    print_mistakes(found)
     print_results(found, "names")
     save_figure(draw(found), FIGURE)
 
