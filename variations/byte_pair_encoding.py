@@ -275,21 +275,22 @@ def measure(tokenizers: dict, bar) -> dict[str, dict]:
                                ("exact", tested["exact_match"]), ("per token", tested["loss"]),
                                ("per name", tested["loss"] * targets)):
                 found[row][equal][key].append(value)
-        milliseconds, answers = generate_names(model, tokenizer)
+        milliseconds, wrong = generate_names(model, tokenizer)
         # The best of the seeds: other work on the machine can only add time.
         found[row]["milliseconds"] = min(found[row]["milliseconds"], milliseconds)
-        found[row]["wrong"] += [text for text, name in answers if text != name]
+        found[row]["wrong"] += wrong
     return found
 
 
-def generate_names(model, tokenizer) -> tuple[float, list[tuple[str, str]]]:
-    """NUM_GENERATED names, greedily and one at a time: milliseconds per name, and each text with the correct one."""
+def generate_names(model, tokenizer) -> tuple[float, list[tuple[int, str]]]:
+    """NUM_GENERATED names, greedily and one at a time: milliseconds per name, and the wrong ones with their numbers."""
     numbers, rows = make_splits().test[:NUM_GENERATED], []
     start = time.perf_counter()
     for number in numbers:
         rows.append(decoder_only.generate(model, [decoder_only.make_prompt(number)], MAX_LENGTH, temperature=0.0)[0])
     milliseconds = 1000 * (time.perf_counter() - start) / len(numbers)
-    return milliseconds, [(written(tokenizer, row), " ".join(number_to_words(n))) for n, row in zip(numbers, rows)]
+    answers = [(number, written(tokenizer, row)) for number, row in zip(numbers, rows)]
+    return milliseconds, [(number, text) for number, text in answers if text != " ".join(number_to_words(number))]
 
 
 def show(token: bytes) -> str:
@@ -418,12 +419,12 @@ def print_results(found: dict, equal: str) -> None:
 
 def print_mistakes(found: dict) -> None:
     """Wrong names, how many of them contain something that is not a word of the language, and the first."""
-    print(f"\nMISTAKES in {NUM_GENERATED * len(SEEDS)} generated names (equal tokens): wrong, misspelled, and the "
-          f"first wrong one\n")
+    print(f"\nMISTAKES in {NUM_GENERATED * len(SEEDS)} generated names (equal tokens)\n\n"
+          f"  {'':18}{'wrong':>6}{'misspelled':>12}   the first wrong one")
     for row, result in found.items():
-        misspelled = sum(not set(text.split()) <= set(WORDS) for text in result["wrong"])
-        first = ascii(result["wrong"][0])[:66] if result["wrong"] else ""
-        print(f"  {row:18}{len(result['wrong']):5}{misspelled:5}  {first}")
+        misspelled = sum(not set(text.split()) <= set(WORDS) for _, text in result["wrong"])
+        first = "{}: {}".format(*result["wrong"][0]).encode("ascii", "replace").decode()[:58] if result["wrong"] else ""
+        print(f"  {row:18}{len(result['wrong']):6}{misspelled:12}   {first}")
 
 
 def main() -> None:
