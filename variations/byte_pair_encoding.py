@@ -396,11 +396,12 @@ def say(text: str) -> None:
 def print_results(found: dict, equal: str) -> None:
     """One table, and what it comes to."""
     letters = statistics.mean(len(" ".join(number_to_words(number))) for number in make_splits().test[:NUM_TESTS])
-    update = {"tokens": f"about {TOKENS_PER_STEP:,} tokens, prompts included", "names": f"{NAMES_PER_STEP} names"}[equal]
+    update = {"tokens": f"about {TOKENS_PER_STEP:,} tokens, prompts included",
+              "names": f"{NAMES_PER_STEP} names"}[equal]
     print(f"\nEQUAL {equal.upper()}: {NUM_STEPS} updates of {update}\n"
           f"Exact match on {NUM_TESTS:,} held-out numbers, mean of {len(SEEDS)} seeds (range)\n"
-          f"Loss in nats per token and per name, and in bits per character; its floor is 0\n\n  {'':18}{'names':>9}{'tokens':>11}{'seconds':>9}{'exact match':>24}{'token':>8}{'name':>8}"
-          f"{'bits':>8}")
+          f"Loss in nats per token and per name, and in bits per character; its floor is 0\n\n"
+          f"  {'':18}{'names':>9}{'tokens':>11}{'seconds':>9}{'exact match':>24}{'token':>8}{'name':>8}{'bits':>8}")
     mean = {row: {key: statistics.mean(values) for key, values in result[equal].items()}
             for row, result in found.items()}
     exact = {row: result[equal]["exact"] for row, result in found.items()}
