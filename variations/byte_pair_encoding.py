@@ -31,7 +31,8 @@ vocabulary fills with combinations, each of them rare. The experiment has both.
 Comparing tokenizers. Losses per token, and so perplexities, are not comparable: they average over different tokens, and
 most characters follow from those before them. The loss per name is comparable, being a sum over the same text, and so
 are bits per character. Their floor is 0 here, since the digits determine the name. Digits stay one token each in every
-row, so that only the names are tokenized differently.
+row, so that only the names are tokenized differently. All rows make equally many updates: of equally many tokens, which
+are fewer names where tokens are short, or of the same names, which then cost more tokens and more time.
 
 Papers: Sennrich et al. 2016, section 3.2 (they mark the end of each word, not the space before it); Radford et al. 2019
 (GPT-2), section 2.2 (bytes, and no merges across words). Simplified: GPT-2 also separates letters from digits and
