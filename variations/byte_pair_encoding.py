@@ -420,13 +420,14 @@ def print_results(found: dict, equal: str) -> None:
 
 
 def print_mistakes(found: dict) -> None:
-    """Wrong names, how many of them contain something that is not a word of the language, and the first."""
-    print(f"\nMISTAKES in {NUM_GENERATED * len(SEEDS)} generated names (equal tokens)\n\n"
-          f"  {'':18}{'wrong':>6}{'misspelled':>12}   the first wrong one")
+    """Wrong names, how many of them contain something that is not a word of the language, and one of them."""
+    print(f"\nMISTAKES in {NUM_GENERATED * len(SEEDS)} generated names (equal tokens): how many, how many of them "
+          f"misspelled,\nand the first misspelled one, or else the first\n")
     for row, result in found.items():
-        misspelled = sum(not set(text.split()) <= set(WORDS) for _, text in result["wrong"])
-        first = "{}: {}".format(*result["wrong"][0]).encode("ascii", "replace").decode()[:58] if result["wrong"] else ""
-        print(f"  {row:18}{len(result['wrong']):6}{misspelled:12}   {first}")
+        misspelled = [(n, text) for n, text in result["wrong"] if not set(text.split()) <= set(WORDS)]
+        example = "".join(f"{n}: {ascii(text)[1:-1]}" for n, text in (misspelled + result["wrong"])[:1])
+        print(f"  {row:18}{len(result['wrong']):3}{len(misspelled):4}  "
+              + (example if len(example) <= 71 else example[:68] + "..."))
 
 
 def main() -> None:
