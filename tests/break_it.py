@@ -153,7 +153,7 @@ BREAKS = [
           '"".join(self.tokens[i].decode(errors="replace") for i in ids)',
           "English is unaffected; a character of several bytes becomes several replacement characters"),
     Break("spaces lost between words", "variations/byte_pair_encoding", '" ?[^ ]+| "', '"[^ ]+"',
-          "shorter sequences, and names decoded without spaces: none is correct"),
+          "names are decoded without spaces; no effect on the decoder trained here, which reads whole words"),
 ]
 # How a broken variation is put into the model before it is trained; `v` is its module.
 EXCHANGES = {
