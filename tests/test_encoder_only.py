@@ -1,8 +1,8 @@
 """Masking, the best possible predictor, heads, fine-tuning, filling in, mask-predict."""
 
-from collections import Counter
-
 import copy
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -506,3 +506,30 @@ def test_every_fine_tuning_run_starts_from_the_pretrained_model(monkeypatch, tmp
         (task, pretrained is model)) or (fine_tuned[task], []))
     bert.train_and_test()
     assert sorted(started) == sorted((task, True) for task in TASKS if task != "masked_lm")
+
+
+def test_the_gain_of_pretraining_is_measured_with_the_same_three_seeds_and_the_better_rate_on_both_sides(
+        monkeypatch, capsys):
+    runs, pretrained = [], tiny(bert)
+    half, full = bert.FINE_TUNING_LEARNING_RATE / 2, bert.FINE_TUNING_LEARNING_RATE
+    loader = torch.utils.data.DataLoader([0], generator=torch.Generator())
+    loaders = toy_dataset.Splits(loader, "validation", ())
+
+    def fine_tune(start, loaders, task, num_steps, rate, *_):
+        runs.append((start is pretrained, torch.initial_seed(), loader.generator.initial_seed(), rate, num_steps))
+        return SimpleNamespace(rate=rate, pretrained=start is pretrained), []
+
+    def evaluate(model, data):  # on validation, half the rate is better from scratch, and the full rate when pretrained
+        better = (model.rate == full) == model.pretrained
+        return {"exact_match": (0.9 if better else 0.1) if data == "validation" else 0.8 if model.pretrained else 0.3}
+
+    monkeypatch.setattr(bert, "create_dataloaders", lambda *_: loaders)
+    monkeypatch.setattr(bert, "fine_tune", fine_tune)
+    monkeypatch.setattr(bert, "evaluate", evaluate)
+    monkeypatch.setattr(bert, "NUM_LABELS", [300])
+    bert.show_pretraining_gain(pretrained)
+    seeds = [bert.SEED, bert.SEED + 1, bert.SEED + 2]
+    expected = [(start, seed, seed, rate, bert.FINE_TUNING_STEPS) for start, better in ((False, half), (True, full))
+                for seed, rate in [(bert.SEED, half), (bert.SEED, full), *((seed, better) for seed in seeds[1:])]]
+    assert runs == expected * 3  # the three tasks
+    assert capsys.readouterr().out.count("30.0% (30.0% to 30.0%)    80.0% (80.0% to 80.0%)  *") == 3
