@@ -249,7 +249,8 @@ def measure(length: int) -> dict[str, tuple]:
     for name, attend in VERSIONS.items():
         run = partial(forward_and_backward, attend, inputs)
         rows[name] = (difference(run(), exact), difference(forward_and_backward(attend, halves), exact_half),
-                      saved_bytes(attend, inputs), peak_bytes(run), Timer("run()", globals={"run": run}))
+                      saved_bytes(attend, inputs), peak_bytes(run),
+                      Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()))
     times = {name: [] for name in rows}
     for _ in range(REPEATS):  # in turns, so that a slow moment of the machine affects all versions
         for name, row in rows.items():

@@ -176,7 +176,8 @@ def measure_cache() -> dict[int, tuple[float, float]]:
         filled = [(torch.randn(shape, device=device), torch.randn(shape, device=device)) for _ in model.layers]
         ids = torch.full((CACHED_BATCH, CACHED_POSITIONS + 1), SOS_ID, device=device)
         measured[num_groups] = sum(key.nbytes + value.nbytes for key, value in filled) / ids[:, 1:].numel()
-        timers[num_groups] = Timer("next_token(model, ids, filled)", globals={**globals(), **locals()})
+        timers[num_groups] = Timer("next_token(model, ids, filled)", globals={**globals(), **locals()},
+                                   num_threads=torch.get_num_threads())
     for _ in range(5):  # in turns, so that a slow moment of the machine affects all rows
         for num_groups, timer in timers.items():
             times[num_groups].append(1000 * timer.timeit(3).mean)
