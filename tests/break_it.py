@@ -154,6 +154,24 @@ BREAKS = [
           "English is unaffected; a character of several bytes becomes several replacement characters"),
     Break("spaces lost between words", "variations/byte_pair_encoding", '" ?[^ ]+| "', '"[^ ]+"',
           "names are decoded without spaces; no effect on the decoder trained here, which reads whole words"),
+    Break("equal layers instead of a shared one", "variations/parameter_sharing", "getattr(layers[0], part))",
+          "__import__('copy').deepcopy(getattr(layers[0], part)))",
+          "trains as well or better: the layers differ after the first step, and nothing is saved"),
+    Break("tensors shared one by one", "variations/parameter_sharing",
+          "            setattr(layer, part, getattr(layers[0], part))",
+          "            for one, other in zip(getattr(layer, part).modules(), getattr(layers[0], part).modules()):\n"
+          "                one._parameters = other._parameters",
+          "the same function; the optimizer lists a shared matrix at each use, and moves it as often per step"),
+    Break("every use has the first one's depth", "variations/parameter_sharing", "encode(torch.tensor(depth))",
+          "encode(torch.tensor(0))", "no effect without the depth encoding, and little with it"),
+    Break("temperature for the teacher alone", "variations/distillation", "(student / temperature).log_softmax",
+          "student.log_softmax", "no effect at T = 1; above it the student becomes as flat as the softened teacher"),
+    Break("no T squared", "variations/distillation", "return temperature ** 2 * (log_p", "return (log_p",
+          "no effect at T = 1; above it the labels weigh more than LABEL_WEIGHT says"),
+    Break("padding is distilled too", "variations/distillation", "scored = targets != IGNORE  ",
+          "scored = targets != PAD_ID  ", "no effect on labels; the soft loss also covers the prompt and whatever is predicted after the end"),
+    Break("KL in the other direction", "variations/distillation", "(log_p.exp() * (log_p - log_q))",
+          "(log_q.exp() * (log_q - log_p))", "the student picks one of the teacher's tokens instead of covering all"),
 ]
 # How a broken variation is put into the model before it is trained; `v` is its module.
 EXCHANGES = {
@@ -162,6 +180,7 @@ EXCHANGES = {
     "variations/parameter_efficient_fine_tuning": 'v.exchange(model, "LoRA, rank 4").requires_grad_()',
     "variations/quantization": 'v.exchange(model, 3, "channel")',
     "variations/mixture_of_experts": "v.exchange(model, 4, 1)",
+    "variations/parameter_sharing": "v.exchange(model, v.WHOLE_LAYER)",
 }
 
 TRAIN = """
