@@ -169,7 +169,8 @@ BREAKS = [
     Break("no T squared", "variations/distillation", "return temperature ** 2 * (log_p", "return (log_p",
           "no effect at T = 1; above it the labels weigh more than LABEL_WEIGHT says"),
     Break("padding is distilled too", "variations/distillation", "scored = targets != IGNORE  ",
-          "scored = targets != PAD_ID  ", "no effect on labels; the soft loss also covers the prompt and whatever is predicted after the end"),
+          "scored = targets != PAD_ID  ",
+          "no effect on labels; the soft loss also covers the prompt and what follows the end"),
     Break("KL in the other direction", "variations/distillation", "(log_p.exp() * (log_p - log_q))",
           "(log_q.exp() * (log_q - log_p))", "the student picks one of the teacher's tokens instead of covering all"),
 ]
