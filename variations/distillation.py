@@ -32,9 +32,10 @@ The other way to learn from a teacher needs no probabilities, and no labels: let
 labeled, and train on its answers as if they were labels (sequence-level distillation). Some are wrong. But there may be
 as many as the teacher has time for.
 
-Papers: Hinton et al. 2015 (section 2; equations 2 to 4 for the limit of large T); Sanh et al. 2019 (DistilBERT, section
-2); Kim & Rush 2016 (section 3.1: word-level, the probabilities; 3.2: sequence-level, the answers). Simplified: answers
-are greedy, where Kim & Rush use beam search; the student starts from random weights, DistilBERT from its teacher's.
+Papers: Hinton et al. 2015 (section 2; equations 2 to 4 for the limit of large T); Sanh et al. 2019 (DistilBERT,
+sections 2 and 3); Kim & Rush 2016 (section 3.1: word-level, the probabilities; 3.2: sequence-level, the answers).
+Simplified: answers are greedy, where Kim & Rush use beam search; the student starts from random weights, DistilBERT
+from its teacher's.
 
 The comparison. The teacher was trained on the 10,000 labeled training numbers. The student has NUM_LABELED of them, few
 enough that data limit it, and all rows train for equally many steps, with equally searched learning rates. Two rows are
@@ -65,7 +66,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base file
 
 import decoder_only
 from toy_dataset import (IGNORE, MAX_DIGITS, PAD_ID, InputError, decoder_only_example, make_splits,
-                         pad_batch, run_script)
+                         pad_batch, run_script, spread_evenly)
 
 # ======================================================================================================
 # CONSTANTS: change one, run again
@@ -79,16 +80,15 @@ TEACHER_BATCH_SIZE = 128
 TEACHER_RATE = 4e-3
 
 # --- data ---
-NUM_LABELED = 1000        # labeled numbers for the student. Try 300, 10_000: when does the teacher still help?
-NUM_UNLABELED = 100_000   # numbers that the teacher answers. Try 10_000
-LABELED_PASSES = 10       # how often each labeled number is among those that the teacher answered
+NUM_LABELED = 300         # labeled numbers for the student. Try 1000, 10_000: does the teacher still help?
+NUM_UNLABELED = 100_000   # numbers that the teacher answers. Try 1000
 
 # --- training ---
 TEMPERATURES = (1, 4)     # Try (2, 20)
 LABEL_WEIGHT = 0.1        # of the labels beside the teacher's probabilities. Try 0, 0.5
 BATCH_SIZE = 256
 NUM_STEPS = 300           # of every student. Try 1000
-LEARNING_RATES = (8e-3, 1.6e-2, 3.2e-2)  # each row keeps the best of these, found with the first seed
+LEARNING_RATES = (1.6e-2, 3.2e-2, 6.4e-2)  # each row keeps the best of these, found with the first seed
 NUM_TESTS = 2000          # held-out numbers for exact match; other numbers choose the learning rate
 SEEDS = (0, 1, 2)         # of the student's labeled numbers, initial weights and order of batches; one teacher
 TIMINGS = 5               # of each model; their median counts
@@ -169,10 +169,25 @@ def labeled_examples(numbers: list[int]) -> list[dict]:
 
 
 def unlabeled_numbers() -> list[int]:
-    """NUM_UNLABELED numbers that are in no split: neither trained on by the teacher, nor ever tested on."""
-    taken = set().union(*make_splits())
-    rest = [number for number in range(10 ** MAX_DIGITS) if number not in taken]
-    return random.Random(0).sample(rest, NUM_UNLABELED)
+    """NUM_UNLABELED numbers that are in no split: neither trained on by the teacher, nor ever tested on.
+
+    As many of each length as there are left. With six digits, numbers below 10,000 are all in a split, so these have
+    five or six digits.
+    """
+    taken, rest = set().union(*make_splits()), [[] for _ in range(MAX_DIGITS)]
+    for number in range(10 ** MAX_DIGITS):
+        if number not in taken:
+            rest[len(str(number)) - 1].append(number)
+    counts, rng = spread_evenly(NUM_UNLABELED, [len(numbers) for numbers in rest]), random.Random(0)
+    return [number for numbers, count in zip(rest, counts) for number in rng.sample(numbers, count)]
+
+
+def half_labeled(labeled: list[dict], others: list[dict]) -> dict:
+    """Padded examples of both kinds, the labeled ones repeated until they are as many as the others."""
+    data = pad_batch(labeled + others)
+    repeats = max(1, len(others) // len(labeled))
+    rows = torch.cat([torch.arange(len(labeled)).repeat(repeats), len(labeled) + torch.arange(len(others))])
+    return {name: tensor[rows] for name, tensor in data.items()}
 
 
 def train_student(data: dict, temperature: float | None, rate: float, seed: int, bar):
@@ -215,8 +230,8 @@ def build_data(teacher, answered: list[dict], true: list[dict], seed: int) -> di
     softened = add_teacher_logits(teacher, data)
     return {LABELS: (data, None),
             **{name: (softened, temperature) for temperature, name in SOFT.items()},
-            ANSWERS: (pad_batch(labeled * LABELED_PASSES + answered), None),
-            TRUTH: (pad_batch(labeled * LABELED_PASSES + true), None),
+            ANSWERS: (half_labeled(labeled, answered), None),
+            TRUTH: (half_labeled(labeled, true), None),
             ALL_LABELS: (pad_batch(labeled_examples(make_splits().train)), None)}
 
 
