@@ -29,8 +29,8 @@ tensor([-1.0259,  0.2189,  0.8069])
 tensor([-1.0048,  0.0100,  0.9948])
 
 The other way to learn from a teacher needs no probabilities, and no labels: let it answer inputs that nobody has
-labeled, and train on its answers as if they were labels (sequence-level distillation). Some are wrong. But there may be
-as many as the teacher has time for.
+labeled, and train on its answers as if they were labels (sequence-level distillation). Some are wrong, but there can be
+as many as the teacher has time to give.
 
 Papers: Hinton et al. 2015 (section 2; equations 2 to 4 for the limit of large T); Sanh et al. 2019 (DistilBERT,
 sections 2 and 3); Kim & Rush 2016 (section 3.1: word-level, the probabilities; 3.2: sequence-level, the answers).
@@ -38,9 +38,9 @@ Simplified: answers are greedy, where Kim & Rush use beam search; the student st
 from its teacher's.
 
 The comparison. The teacher was trained on the 10,000 labeled training numbers. The student has NUM_LABELED of them, few
-enough that data limit it, and all rows train for equally many steps, with equally searched learning rates. Two rows are
-controls: the true names of the numbers that the teacher answered, the ceiling for learning from its answers; and the
-teacher's own training data, which makes the teacher superfluous if one has them.
+enough that data limit it. All rows train for equally many steps of equally many names, with equally searched learning
+rates; the teacher's own time is not counted. Two rows are controls: the true names of the numbers that the teacher
+answered, the ceiling for learning from its answers; and the teacher's own labels, for those who have them.
 
 What you will see (about three minutes on two CPU cores): the teacher and each student, with parameters, milliseconds
 per name and exact match; how many of the teacher's answers are wrong; how close its probabilities are to the labels.
@@ -217,10 +217,10 @@ def share_correct(model, numbers: list[int]) -> float:
 
 
 LABELS = f"{NUM_LABELED:,} labels"
-ANSWERS = f"and teacher's answers to {NUM_UNLABELED:,}"
-TRUTH = f"and true names of those {NUM_UNLABELED:,}"
-ALL_LABELS = "all labels that the teacher had"
-SOFT = {T: f"and teacher's probabilities, T = {T:g}" for T in TEMPERATURES}
+ANSWERS = f"+ teacher's answers to {NUM_UNLABELED:,}"
+TRUTH = f"+ true names of those {NUM_UNLABELED:,}"
+ALL_LABELS = "all the teacher's labels"
+SOFT = {T: f"+ teacher's probabilities, T = {T:g}" for T in TEMPERATURES}
 
 
 def build_data(teacher, answered: list[dict], true: list[dict], seed: int) -> dict[str, tuple[dict, float | None]]:
@@ -366,8 +366,8 @@ def main() -> None:
         f"{times['student'] / times['teacher']:.0%} of its time per name.")
     for temperature, row in SOFT.items():
         say(f"The teacher's probabilities at T = {temperature:g}: exact match is {relation(exact[row], exact[LABELS])} "
-            f"that of labels alone. The teacher gives the correct tokens of these names a mean probability of "
-            f"{probability_of_labels(teacher, temperature):.2%} at this temperature; a label gives them 100%.")
+            f"that of labels alone. At this temperature the teacher gives the correct tokens a mean probability of "
+            f"{probability_of_labels(teacher, temperature):.1%}, where a label gives them 100%.")
     wrong = statistics.mean(one != other for one, other in zip(answered, true))
     gained, possible = mean[ANSWERS] - mean[LABELS], mean[TRUTH] - mean[LABELS]
     pays = relation(exact[ANSWERS], exact[LABELS]) == "above"
@@ -376,7 +376,7 @@ def main() -> None:
         f"{relation(exact[ANSWERS], exact[TRUTH])} that of true names for the same numbers ({100 * possible:+.1f} "
         f"points). Here distillation {'pays' if pays else 'does not pay'}.")
     say(f"With the teacher's own {len(splits.train):,} labels, and no teacher, exact match is "
-        f"{relation(exact[ALL_LABELS], exact[ANSWERS])} that of its answers.")
+        f"{relation(exact[ALL_LABELS], exact[ANSWERS])} that with its answers.")
     edge = [row for row in found if found[row]["rate"] in (LEARNING_RATES[0], LEARNING_RATES[-1])]
     say("Best at the lowest or highest learning rate tried, so perhaps better still beyond it: "
         f"{'; '.join(edge) or 'none'}.")
