@@ -71,17 +71,17 @@ from toy_dataset import VOCABULARY, InputError, make_splits, run_script
 
 NUM_LAYERS = 4            # places of use. Try 8: does the shared layer still keep up?
 D_MODEL = 32              # Try 64: with more capacity per layer, does sharing cost less?
-EMBEDDING_WIDTH = 16      # E of the row with a factorized embedding. Try 4: fewer parameters, at what price?
+EMBEDDING_WIDTH = 16      # E of the row with a factorized embedding, which is measured but not trained
 WIDTHS = (4, 8, 16, 24)   # E in the table of factorized embeddings; each below D_MODEL
 LARGE_VOCABULARY = 30_000 # ALBERT's, in the same table
 
 BATCH_SIZE = 128
-NUM_EPOCHS = 3            # passes over the training numbers. Try 2: who is late?
+NUM_EPOCHS = 4            # passes over the training numbers. Try 2: who is late, and how far apart are the seeds?
 LEARNED = 0.1             # training loss (nats) by which the speed of learning is compared. Try 0.5, 0.02
-LEARNING_RATES = (1e-2, 2e-2, 4e-2)  # each row keeps the best of these, found with the first seed
+LEARNING_RATES = (8e-3, 1.6e-2, 3.2e-2)  # each row keeps the best of these, found with the first seed
 NUM_TESTS = 2000          # held-out numbers for exact match; other numbers choose the learning rate
 SEEDS = (0, 1, 2)         # of initial weights and order of batches
-TIMINGS = 7               # of each row; their median counts
+TIMINGS = 5               # of each row; their median counts
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "parameter_sharing.png"
 
 # ======================================================================================================
@@ -165,6 +165,7 @@ def exchange(model, shared=(), depth_encoding=False, embedding_width=None):
 
 
 OWN, SAME, ONCE = f"{NUM_LAYERS} layers of their own", f"{NUM_LAYERS} times the same layer", "1 layer"
+FACTORIZED = "factorized embedding"
 ROWS = {
     OWN: {},
     "attention shared": dict(shared=("attention",)),
@@ -172,8 +173,9 @@ ROWS = {
     SAME: dict(shared=WHOLE_LAYER),
     "same, with depth encoding": dict(shared=WHOLE_LAYER, depth_encoding=True),
     ONCE: {},
-    "factorized embedding": dict(embedding_width=EMBEDDING_WIDTH),
+    FACTORIZED: dict(embedding_width=EMBEDDING_WIDTH),
 }
+TRAINED = [row for row in ROWS if row != FACTORIZED]
 
 
 def build(row: str, seed: int):
@@ -251,9 +253,9 @@ def train_row(row: str, rate: float, seed: int, loaders, bar) -> tuple[float, fl
 
 
 def measure(bar) -> dict[str, dict]:
-    """For each row: the learning rate found with the first seed; by seed, exact match and the steps until learned."""
+    """For each trained row: the learning rate found with the first seed; by seed, exact match and steps until learned."""
     found, loaders = {}, {seed: load_epochs(seed) for seed in SEEDS}
-    for row in ROWS:
+    for row in TRAINED:
         tried = {rate: train_row(row, rate, SEEDS[0], loaders[SEEDS[0]], bar) for rate in LEARNING_RATES}
         rate = max(tried, key=lambda rate: tried[rate][0])
         results = [tried[rate], *(train_row(row, rate, seed, loaders[seed], bar) for seed in SEEDS[1:])]
@@ -360,7 +362,7 @@ def show_accuracy(found: dict, times: dict) -> None:
         f"{'; '.join(edge) or 'none'}.")
 
 
-def show_factorization(found: dict, total: int) -> None:
+def show_factorization(total: int) -> None:
     """At which vocabulary a factorized embedding pays, for each E, and how much of the model it saves."""
     vocabularies = (len(VOCABULARY), LARGE_VOCABULARY)
     print(f"\nFACTORIZED EMBEDDING: V * E + E * C in place of V * C, C = {D_MODEL}\n"
@@ -375,11 +377,10 @@ def show_factorization(found: dict, total: int) -> None:
     V, E = len(VOCABULARY), EMBEDDING_WIDTH
     saved = V * D_MODEL - (V * E + E * D_MODEL)
     widest = V * D_MODEL / (V + D_MODEL)
-    worse = relation(found["factorized embedding"]["exact"], found[OWN]["exact"])
+    pays = saved > 0.05 * total  # less is not worth the product and the rank
     say(f"With {V} tokens the whole table is {V * D_MODEL / total:.1%} of the model, and only an E below {widest:.1f} "
         f"saves anything. E = {E} changes the number of parameters by {-saved / total:+.1%}, adds a matrix product, "
-        f"and its exact match is {worse} that of the full table: at this vocabulary it "
-        f"{'does not pay' if saved < 0.01 * total or worse == 'below' else 'pays'}.")
+        f"and limits the logits to rank {E}: at this vocabulary it {'pays' if pays else 'does not pay'}.")
 
 
 def main() -> None:
@@ -391,13 +392,13 @@ def main() -> None:
     models = {row: build(row, seed=0) for row in ROWS}
     sizes = {row: (num_parameters(model), checkpoint_bytes(model), multiplications(model))
              for row, model in models.items()}
-    runs = len(ROWS) * (len(LEARNING_RATES) + len(SEEDS) - 1)
+    runs = len(TRAINED) * (len(LEARNING_RATES) + len(SEEDS) - 1)
     total = runs * NUM_EPOCHS * math.ceil(len(make_splits().train) / BATCH_SIZE)
     with tqdm(total=total, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
         found = measure(bar)
     show_sizes(sizes, times)
     show_accuracy(found, times)
-    show_factorization(found, sizes[OWN][0])
+    show_factorization(sizes[OWN][0])
     save_figure(draw(found, {row: size[0] for row, size in sizes.items()}), FIGURE)
 
 
