@@ -253,7 +253,7 @@ def train_row(row: str, rate: float, seed: int, loaders, bar) -> tuple[float, fl
 
 
 def measure(bar) -> dict[str, dict]:
-    """For each trained row: the learning rate found with the first seed; by seed, exact match and steps until learned."""
+    """For each trained row, the learning rate found with the first seed; by seed, exact match, steps until learned."""
     found, loaders = {}, {seed: load_epochs(seed) for seed in SEEDS}
     for row in TRAINED:
         tried = {rate: train_row(row, rate, SEEDS[0], loaders[SEEDS[0]], bar) for rate in LEARNING_RATES}
