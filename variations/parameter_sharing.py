@@ -358,8 +358,8 @@ def show_accuracy(found: dict, times: dict) -> None:
     say(f"At equal parameters, {SAME}: exact match is {relation(exact[SAME], exact[ONCE])} that of 1 layer used "
         f"once, and a training step takes {times[SAME][0] / times[ONCE][0]:.1f} times as long. With the depth encoding "
         f"it is {relation(exact['same, with depth encoding'], exact[SAME])} that without.")
-    say(f"The ranges of two equally good rows are disjoint by chance in {2 / math.comb(2 * len(SEEDS), len(SEEDS)):.0%} "
-        "of all comparisons.")
+    by_chance = 2 / math.comb(2 * len(SEEDS), len(SEEDS))
+    say(f"The ranges of two equally good rows are disjoint by chance in {by_chance:.0%} of all comparisons.")
     edge = [row for row in found if found[row]["rate"] in (LEARNING_RATES[0], LEARNING_RATES[-1])]
     say("Best at the lowest or highest learning rate tried, so perhaps better still beyond it: "
         f"{'; '.join(edge) or 'none'}.")
