@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 import decoder_only  # noqa: E402
 import encoder_decoder  # noqa: E402
 import encoder_only  # noqa: E402
+import toy_dataset  # noqa: E402
 
 # Exactness ("equal to the last digit") is tested on the CPU, where additions come in the same order each time. So GPUs
 # are hidden from the tests, except from those that request the fixture `accelerator`.
@@ -78,3 +79,31 @@ def trained_encoder_decoder():
 @pytest.fixture(scope="session")
 def trained_encoder():
     return quick_training(encoder_only, 1)
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys, tmp_path):
+    """run_main(variation, NAME=value, ...): calls its main() with small constants; returns what it printed.
+
+    num_train: how many training numbers are left. Also checks what holds for every variation: ASCII, at most 100
+    columns, a picture below 200 KB, in a folder that did not exist.
+    """
+
+    def run(variation, num_train=16, **constants):
+        splits = toy_dataset.make_splits()
+        few = splits._replace(train=splits.train[:num_train], validation=splits.validation[:20], test=splits.test[:20])
+        for module in (variation, toy_dataset):
+            monkeypatch.setattr(module, "make_splits", lambda: few, raising=False)
+        picture = tmp_path / "new" / "picture.png"
+        if hasattr(variation, "FIGURE"):
+            constants["FIGURE"] = picture
+        for name, value in constants.items():
+            monkeypatch.setattr(variation, name, value)
+        variation.main()
+        printed = capsys.readouterr().out
+        assert printed.isascii()
+        assert [line for line in printed.splitlines() if len(line) > 100 and str(tmp_path) not in line] == []
+        assert not hasattr(variation, "FIGURE") or picture.stat().st_size < 200_000
+        return printed
+
+    return run

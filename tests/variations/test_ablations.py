@@ -120,13 +120,6 @@ def test_each_row_is_compared_with_a_base_of_the_same_size_and_data():
         assert (row.num_layers, row.num_train) == (bases[row.base].num_layers, bases[row.base].num_train)
 
 
-def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys):
-    for name, value in dict(D_MODEL=16, NUM_STEPS=2, BATCH_SIZE=4, SEEDS=(0, 1)).items():
-        monkeypatch.setattr(ablations, name, value)
-    splits = ablations.toy_dataset.make_splits()
-    few = splits._replace(train=splits.train[:16], validation=splits.validation[:20], test=splits.test[:20])
-    monkeypatch.setattr(ablations.toy_dataset, "make_splits", lambda: few)
-    ablations.main()
-    printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in CHANGED) and printed.isascii()
-    assert [line for line in printed.splitlines() if len(line) > 100] == []
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
+    printed = run_main(ablations, D_MODEL=16, NUM_STEPS=2, BATCH_SIZE=4, SEEDS=(0, 1))
+    assert all(f"  {name} " in printed for name in CHANGED)

@@ -208,22 +208,12 @@ def test_the_base_trains_and_evaluates_a_model_with_another_tokenizer():
     assert [written(tokenizer, row) for row in rows] == ["seven", "three hundred forty two"]
 
 
-def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys, tmp_path):
-    picture = tmp_path / "new" / "picture.png"
-    small = dict(D_MODEL=16, NUM_STEPS=2, NAMES_PER_STEP=4, TOKENS_PER_STEP=150, NUM_TESTS=10,
-                 NUM_GENERATED=1, SEEDS=(0, 1), MERGES_ACROSS=40, MAX_LENGTH=80, FIGURE=picture)
-    for name, value in small.items():
-        monkeypatch.setattr(byte_pair_encoding, name, value)
-    splits = make_splits()
-    few = splits._replace(train=splits.train[:40], validation=splits.validation[:20], test=splits.test[:20])
-    monkeypatch.setattr(byte_pair_encoding, "make_splits", lambda: few)
-    byte_pair_encoding.main()
-    printed = capsys.readouterr().out
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
+    printed = run_main(byte_pair_encoding, num_train=40, D_MODEL=16, NUM_STEPS=2, NAMES_PER_STEP=4, TOKENS_PER_STEP=150,
+                       NUM_TESTS=10, NUM_GENERATED=1, SEEDS=(0, 1), MERGES_ACROSS=40, MAX_LENGTH=80)
     titles = ("MERGES WITHIN WORDS", "MERGES ACROSS WORDS", "WHAT A MISSPELLING BECOMES", "EQUAL TOKENS", "EQUAL NAMES")
-    assert all(title in printed for title in titles) and printed.isascii()
+    assert all(title in printed for title in titles)
     assert "ValueError: \"'fourty' is not in the vocabulary\"" in printed
-    assert [line for line in printed.splitlines() if len(line) > 100] == []
-    assert picture.stat().st_size < 200_000
 
 
 @pytest.mark.parametrize("name, value, sentence", [

@@ -95,17 +95,10 @@ def test_heads_that_cannot_be_shared_equally_are_refused():
         GroupedQueryAttention(32, 4, 0.0, 3)
 
 
-def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys):
-    small = dict(BATCH_SIZE=8, SEEDS=(0, 1), NUM_EPOCHS=1, CACHED_POSITIONS=10, CACHED_BATCH=2)
-    for name, value in small.items():
-        monkeypatch.setattr(grouped_query_attention, name, value)
-    monkeypatch.setattr(decoder_only, "D_MODEL", 16)
-    splits = decoder_only.toy_dataset.make_splits()
-    few = splits._replace(train=splits.train[:16], validation=splits.validation[:20], test=splits.test[:20])
-    monkeypatch.setattr(decoder_only.toy_dataset, "make_splits", lambda: few)
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main, monkeypatch):
     build = decoder_only.build_model
+    monkeypatch.setattr(decoder_only, "D_MODEL", 16)
     monkeypatch.setattr(decoder_only, "build_model", lambda **sizes: build(**{"d_model": 16, "d_ff": 16} | sizes))
-    grouped_query_attention.main()
-    printed = capsys.readouterr().out
+    printed = run_main(grouped_query_attention, BATCH_SIZE=8, SEEDS=(0, 1), NUM_EPOCHS=1, CACHED_POSITIONS=10,
+                       CACHED_BATCH=2)
     assert all(f"{g} KV heads" in printed for g in (8, 2, 1)) and "mean of each group" in printed
-    assert [line for line in printed.splitlines() if len(line) > 100] == [] and printed.isascii()

@@ -163,14 +163,6 @@ def test_key_value_heads_that_do_not_divide_the_heads_are_refused():
         LlamaAttention(16, 4, 0.0, 3, rotary=False)
 
 
-def test_the_experiment_runs_end_to_end_and_says_what_it_found(monkeypatch, capsys):
-    for name, value in dict(D_MODEL=16, BATCH_SIZE=4, SEEDS=(0, 1), NUM_EPOCHS=1, TIMED_STEPS=1).items():
-        monkeypatch.setattr(llama, name, value)
-    splits = llama.make_splits()
-    few = splits._replace(train=splits.train[:8], validation=splits.validation[:50], test=splits.test[:50])
-    monkeypatch.setattr(decoder_only.toy_dataset, "make_splits", lambda: few)
-    monkeypatch.setattr(llama, "make_splits", lambda: few)
-    llama.main()
-    printed = capsys.readouterr().out
+def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
+    printed = run_main(llama, num_train=8, D_MODEL=16, BATCH_SIZE=4, SEEDS=(0, 1), NUM_EPOCHS=1, TIMED_STEPS=1)
     assert all(f"\n  {row} " in printed for row in ROWS)
-    assert all(len(line) <= 100 for line in printed.splitlines()) and printed.isascii()
