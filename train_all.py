@@ -697,12 +697,29 @@ def main() -> None:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
-    if RANK > 0:
-        # Gloo's threads may hold the last tensors for a moment longer. To release one they need the GIL, and a thread
-        # that asks for it while Python shuts down aborts the process. So this process ends without a shutdown.
-        os._exit(0)
-    show_results(jobs, states)
+    if RANK == 0:
+        show_results(jobs, states)
+
+
+def run_process() -> None:
+    """run_script(main). One of several processes then ends without Python's shutdown.
+
+    Gloo's threads may hold the last tensors for a moment longer. To release one they need the GIL, and a thread that
+    asks for it while Python shuts down aborts the process.
+    """
+    status = None
+    try:
+        run_script(main)
+    except SystemExit as end:
+        status = end.code
+    if WORLD_SIZE == 1:
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)  # as sys.exit does
+        status = 1
+    sys.stdout.flush()
+    os._exit(status or 0)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_process()
