@@ -849,6 +849,8 @@ def two_processes(tmp_path_factory):
     """The script, run once on two processes: its folder, and what run_two returns."""
     folder = kill_train_all.small_copy(tmp_path_factory.mktemp("train_all") / "two")
     insert(folder, "\n\n\ndef say(", "\n\n\nif RANK == 1:\n    os.replace = torch.save = None  # to write is to crash")
+    insert(folder, "    run_process()\n",
+           "    import atexit\n\n    atexit.register(os.abort)  # and so is Python's shutdown\n")
     return folder, run_two(folder)
 
 

@@ -11,8 +11,8 @@ the effect on exact match. A row counts as different only if its range over the 
                      SwiGLU(x) = (SiLU(x W_gate) * x W_1) W_2        2/3 as wide: three matrices, equal parameters
     norm             LayerNorm (base), RMSNorm(x) = x / sqrt(mean(x^2) + epsilon) * scale, or none
     place of norm    pre-norm: x + f(norm(x)) (base), or post-norm: norm(x + f(x)); in 2 layers and in 8
-    dropout          10% at the embedding, on attention weights, on the residual branches, or on all; with 10,000
-                     training numbers, and with 500, where the model sees each number often
+    dropout          10% at the embedding, on attention weights, on the residual branches, or on all; on all also with
+                     500 training numbers instead of 10,000, so that the model sees each number often
     embeddings       input and output share a table (base), or have one each; with the factor sqrt(C) (base), or not
 
 On paper: for x = (3, 4), RMSNorm divides by sqrt((9 + 16) / 2) = 3.5355; it does not subtract the mean:
