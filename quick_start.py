@@ -1,4 +1,4 @@
-"""quick_start.py - three transformers, trained from scratch and evaluated, in under a minute on two CPU cores.
+"""quick_start.py - three transformers, trained from scratch and evaluated, in about a minute on two CPU cores.
 
     python quick_start.py
 

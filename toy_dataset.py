@@ -33,7 +33,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 # ======================================================================================================
@@ -325,12 +324,12 @@ def pad_batch(examples: list[dict]) -> dict[str, torch.Tensor]:
     """
     batch = {}
     for field, first in examples[0].items():
-        values = [torch.tensor(example[field]) for example in examples]
-        if isinstance(first, int):
-            batch[field] = torch.stack(values)  # (B)
-        else:
+        rows = [example[field] for example in examples]
+        if not isinstance(first, int):
             filler = IGNORE if field in ("targets", "places") else PAD_ID
-            batch[field] = pad_sequence(values, batch_first=True, padding_value=filler)  # (B, T)
+            longest = max(map(len, rows))
+            rows = [row + [filler] * (longest - len(row)) for row in rows]
+        batch[field] = torch.tensor(rows)  # (B, T), or (B)
     return batch
 
 

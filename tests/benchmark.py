@@ -1,4 +1,4 @@
-"""benchmark.py - the speed of the three models, compared with PyTorch's own layers and with decoding without a cache.
+"""benchmark.py - the speed of the three models on the CPU, against PyTorch's own layers and decoding without a cache.
 
     python tests/benchmark.py        a few minutes
 
@@ -113,7 +113,7 @@ def benchmark_cache() -> None:
 def train_for_a_while(module):
     """A model after three epochs: it ends its names, unlike an untrained one."""
     torch.manual_seed(0)
-    model = module.build_model()
+    model = module.build_model().cpu()
     module.train(model, module.create_dataloaders(128), 3, num_evaluations=0, progress=tqdm(disable=True))
     return model.eval()
 

@@ -1,6 +1,7 @@
 """What several test files need: the repository on the path, small models, and a briefly trained one of each kind."""
 
 import functools
+import os
 import signal
 import sys
 from pathlib import Path
@@ -18,9 +19,17 @@ import encoder_only  # noqa: E402
 import toy_dataset  # noqa: E402
 
 # Exactness ("equal to the last digit") is tested on the CPU, where additions come in the same order each time. So GPUs
-# are hidden from the tests, except from those that request the fixture `accelerator`.
+# are hidden from the tests and from the scripts that they start, except from tests with the fixture `accelerator`.
 IS_AVAILABLE = {part: part.is_available for part in (torch.cuda, torch.backends.mps)}
 ACCELERATOR = decoder_only.get_device()
+if ACCELERATOR.type == "cuda":
+    torch.cuda.init()  # reads CUDA_VISIBLE_DEVICES for the last time in this process
+VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores: one thread each, in scripts too
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 for part in IS_AVAILABLE:
     part.is_available = functools.wraps(part.is_available)(lambda: False)  # torch's compiler looks at __wrapped__
 
@@ -34,7 +43,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def tiny(module, seed=0, **changes):
     """A small untrained model in evaluation mode, its weights larger than usual so that outputs differ clearly."""
     torch.manual_seed(seed)
-    model = module.build_model(**TINY | changes).eval()
+    model = module.build_model(**TINY | changes).cpu().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -51,6 +60,10 @@ def accelerator(monkeypatch):
     """This machine's GPU, visible again; without one the test is skipped, and says so."""
     if ACCELERATOR.type == "cpu":
         pytest.skip("this machine has no CUDA or MPS device")
+    if VISIBLE_DEVICES is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE_DEVICES)
     for part, is_available in IS_AVAILABLE.items():
         monkeypatch.setattr(part, "is_available", is_available)
     return ACCELERATOR
@@ -59,7 +72,7 @@ def accelerator(monkeypatch):
 def quick_training(module, num_epochs=2, **options):
     """A small model after a short training run: not good, but far from random."""
     torch.manual_seed(0)
-    model = module.build_model(**TINY | {"d_model": 64}, **options)
+    model = module.build_model(**TINY | {"d_model": 64}, **options).cpu()
     loaders = (module.create_dataloaders(128, 0, **options) if module is encoder_only
                else module.create_dataloaders(128, 0))
     module.train(model, loaders, num_epochs, 4e-3, 1, tqdm(disable=True, total=1))
@@ -81,13 +94,15 @@ def trained_encoder():
     return quick_training(encoder_only, 1)
 
 
-@pytest.fixture
-def run_main(monkeypatch, capsys, tmp_path):
+@pytest.fixture(params=sorted({"cpu", ACCELERATOR.type}))
+def run_main(request, monkeypatch, capsys, tmp_path):
     """run_main(variation, NAME=value, ...): calls its main() with small constants; returns what it printed.
 
     num_train: how many training numbers are left. Also checks what holds for every variation: ASCII, at most 100
-    columns, a picture below 200 KB, in a folder that did not exist.
+    columns, a picture below 200 KB, in a folder that did not exist. Where there is a GPU, the test runs there as well.
     """
+    if request.param != "cpu":
+        request.getfixturevalue("accelerator")
 
     def run(variation, num_train=16, **constants):
         splits = toy_dataset.make_splits()

@@ -67,6 +67,13 @@ def small_run(tmp_path_factory):
     return done, json.loads((folder / "figures" / "comparison.json").read_text()), folder
 
 
+def test_it_runs_on_a_gpu(accelerator, tmp_path):
+    done = subprocess.run([sys.executable, "compare_architectures.py"], cwd=copy_of_the_repository(tmp_path),
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"device {accelerator.type}" in done.stdout
+
+
 @pytest.fixture
 def few_numbers(monkeypatch):
     """Splits of a few numbers each."""

@@ -102,10 +102,12 @@ REWARDS = {"holds a 7": lambda number: "7" in str(number), "divisible by 3": lam
 def log_probability(model, texts):
     """texts (B, T) of ids, from <SOS>, padded on the right -> log p(text), the sum over its tokens, (B).
 
-    In float64 from the logits on: the difference between two models is small against the sum.
+    In float64 from the logits on: the difference between two models is small against the sum. On the CPU, because Apple
+    GPUs have no float64.
     """
-    logits = model(texts[:, :-1]).double().index_fill(-1, torch.tensor(PAD_ID, device=texts.device), -math.inf)
-    return -F.cross_entropy(logits.transpose(1, 2), texts[:, 1:], ignore_index=PAD_ID, reduction="none").sum(dim=1)
+    logits, targets = model(texts[:, :-1]).cpu().double(), texts[:, 1:].cpu()
+    logits = logits.index_fill(-1, torch.tensor(PAD_ID), -math.inf)
+    return -F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=PAD_ID, reduction="none").sum(dim=1)
 
 
 def rlhf_loss(log_policy, log_start, rewards, beta):
@@ -169,7 +171,7 @@ def read_numbers(texts) -> list[int | None]:
 def rewards_of(texts, reward) -> torch.Tensor:
     """(B, T) -> (B) of 0s and 1s."""
     return torch.tensor([float(number is not None and reward(number)) for number in read_numbers(texts)],
-                        dtype=torch.float64, device=texts.device)
+                        dtype=torch.float64)
 
 
 def optimize(start, losses, num_steps: int, learning_rate: float, bar):
@@ -211,7 +213,8 @@ def make_pairs(start, reward, noisy: bool):
     one, other = sample(start, 2 * NUM_PAIRS, generator).chunk(2)
     difference = rewards_of(one, reward) - rewards_of(other, reward)                    # (N), -1, 0 or 1
     chance = difference.sigmoid() if noisy else (difference > 0).double()
-    first = torch.rand(len(one), dtype=torch.float64, device=one.device, generator=generator) < chance
+    coins = torch.rand(len(one), dtype=torch.float64, generator=torch.Generator().manual_seed(SEED + 2))
+    first = (coins < chance).to(one.device)
     chosen, rejected = torch.where(first[:, None], one, other), torch.where(first[:, None], other, one)
     return (chosen, rejected) if noisy else (chosen[difference != 0], rejected[difference != 0])
 
@@ -222,7 +225,7 @@ def dpo(start, pairs, beta: float, bar):
         start_logs = [log_probability(start, texts) for texts in pairs]
 
     def losses(policy):
-        for rows in torch.arange(len(pairs[0]), device=pairs[0].device).split(BATCH_SIZE):
+        for rows in torch.arange(len(pairs[0])).split(BATCH_SIZE):
             logs = [log_probability(policy, texts[rows]) for texts in pairs]
             yield dpo_loss(*logs, *(log[rows] for log in start_logs), beta).mean()
 
