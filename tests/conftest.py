@@ -22,16 +22,13 @@ import toy_dataset  # noqa: E402
 # are hidden from the tests and from the scripts that they start, except from tests with the fixture `accelerator`.
 IS_AVAILABLE = {part: part.is_available for part in (torch.cuda, torch.backends.mps)}
 ACCELERATOR = decoder_only.get_device()
-if ACCELERATOR.type == "cuda":
-    torch.cuda.init()  # reads CUDA_VISIBLE_DEVICES for the last time in this process
 VISIBLE_DEVICES = os.environ.get("CUDA_VISIBLE_DEVICES")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+for part in IS_AVAILABLE:
+    part.is_available = functools.wraps(part.is_available)(lambda: False)  # torch's compiler looks at __wrapped__
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores: one thread each, in scripts too
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-for part in IS_AVAILABLE:
-    part.is_available = functools.wraps(part.is_available)(lambda: False)  # torch's compiler looks at __wrapped__
 
 TINY = dict(d_model=32, num_layers=2, num_heads=4, d_ff=64, dropout=0.0, max_length=40)
 MODULES = [encoder_only, decoder_only, encoder_decoder]
@@ -53,6 +50,14 @@ def tiny(module, seed=0, **changes):
 @pytest.fixture(params=MODULES, ids=lambda module: module.__name__)
 def module(request):
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def gpus_hidden_from_scripts():
+    """Not when this file is imported: then the workers of pytest-xdist would inherit it, and never see a GPU."""
+    if ACCELERATOR.type == "cuda":
+        torch.cuda.init()  # reads CUDA_VISIBLE_DEVICES for the last time in this process
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

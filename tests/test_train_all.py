@@ -877,10 +877,10 @@ def test_on_a_gpu_it_trains_by_itself_compiled_and_as_one_process_under_torchrun
     one_process = (*TORCHRUN[:-1], "--nproc-per-node=1")
     losses = {}
     for name, command, compiled in (("alone", (), False), ("compiled", (), True), ("torchrun", one_process, False)):
-        folder = kill_train_all.small_copy(tmp_path / name, COMPILE=compiled)
+        folder = kill_train_all.small_copy(tmp_path / name, ARCHITECTURES=["decoder_only"], COMPILE=compiled)
         printed, _ = kill_train_all.run(folder, *command)
         assert "on 1 x cuda" in printed and "RESULTS" in printed
-        found = kill_train_all.files_of(folder)[Path("checkpoints/train_all/encoder_only_last.pt")]
+        found = kill_train_all.files_of(folder)[Path("checkpoints/train_all/decoder_only_last.pt")]
         losses[name] = [entry["loss"] for entry in found["history"]]
     assert losses["torchrun"] == pytest.approx(losses["alone"], rel=0.02)
     assert losses["compiled"] == pytest.approx(losses["alone"], rel=0.2)  # other dropout masks
