@@ -27,6 +27,7 @@ import matplotlib
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch, Rectangle
@@ -683,13 +684,14 @@ def draw_influence(trained: dict[str, Trained], number: int) -> Figure:
     figure = new_figure(title, 7.2, note)
     grid = figure.subplots(2, 2, height_ratios=[2, 1.15])
     for (name, (outputs, inputs, norms)), axes in zip(found.items(), grid.flat):
-        mesh = draw_map(axes, norms / norms.amax(dim=1, keepdim=True), outputs, inputs, COLORS[name])
+        draw_map(axes, norms / norms.amax(dim=1, keepdim=True), outputs, inputs, COLORS[name])
         axes.set_title(NAMES[name])
         axes.set(xlabel="input" if name != "encoder_decoder" else "source | target", ylabel="output at", anchor="W")
         axes.tick_params(labelsize=11)
     grid[1, 0].axvline(len(str(number)) + 1, color=INK)  # between the source, with its <EOS>, and the target
     grid[1, 1].set_axis_off()
-    bar = figure.colorbar(mesh, cax=grid[1, 1].inset_axes([0.05, 0.6, 0.9, 0.12]), orientation="horizontal")
+    bar = figure.colorbar(ScalarMappable(cmap=shades(GRAY)), cax=grid[1, 1].inset_axes([0.05, 0.6, 0.9, 0.12]),
+                          orientation="horizontal")  # gray stands for the three colors
     bar.set_ticks([0, 1], labels=["0", "largest in its row"])
     grid[1, 1].legend([Patch(facecolor="white", hatch="////")], ["exactly 0"], loc="upper left",
                       bbox_to_anchor=(0, 0.3))
