@@ -299,7 +299,7 @@ def active_parameters(model) -> int:
     return sum(p.numel() for p in model.parameters()) - idle
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode older versions of PyTorch count nothing
 def work_per_token(model, ids) -> float:
     """Multiply-adds of a forward pass per token, in matrix products, as counted by PyTorch. ids (B, T) without padding.
     """
