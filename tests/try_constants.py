@@ -1,6 +1,6 @@
 """try_constants.py - sets one constant at a time to the values that its comment suggests, and shows what happens.
 
-    python tests/try_constants.py                    all three architecture files (half an hour on two CPU cores)
+    python tests/try_constants.py                    all three architecture files (an hour or more on two CPU cores)
     python tests/try_constants.py decoder_only       one of them
     python tests/try_constants.py decoder_only NUM_LAYERS NUM_HEADS
 
@@ -60,7 +60,7 @@ def run(name: str, folder: Path, constants: dict) -> str:
         return ("CRASHED " if "Traceback" in done.stderr else "refused ") + last.rpartition(".py: ")[2]
     figures = re.findall(r"held-out numbers: ([\d.]+%)", done.stdout)
     loss = re.findall(r"held-out: loss ([\d.]+)", done.stdout)[-1]
-    return f"{seconds:6.0f} s   held-out: {', '.join(figures)}, last loss {loss}"
+    return f"{seconds:6.0f} s   held-out: {', '.join(figures)}, loss {loss}"
 
 
 def main(arguments: list[str]) -> None:
