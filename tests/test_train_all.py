@@ -819,7 +819,7 @@ def test_ctrl_c_saves_and_resuming_loses_nothing(undisturbed, tmp_path):
 
 # --- on two processes, as any launcher starts them: torchrun, or a shell that sets torch.distributed's variables ---
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
 
 
 def run_two(folder: Path) -> list[tuple[int, str, str]]:
@@ -871,19 +871,17 @@ def test_two_processes_match_one_and_only_rank_0_prints_and_writes(undisturbed, 
             assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
 
 
-def test_on_a_gpu_it_trains_by_itself_compiled_and_as_one_process_under_torchrun(accelerator, tmp_path):
+def test_a_gpu_trains_with_and_without_compiled_kernels(accelerator, tmp_path):
     if accelerator.type != "cuda":
-        pytest.skip("torchrun needs nccl, which needs CUDA")
-    one_process = (*TORCHRUN[:-1], "--nproc-per-node=1")
+        pytest.skip("compiled kernels for other GPUs are experimental")
     losses = {}
-    for name, command, compiled in (("alone", (), False), ("compiled", (), True), ("torchrun", one_process, False)):
-        folder = kill_train_all.small_copy(tmp_path / name, ARCHITECTURES=["decoder_only"], COMPILE=compiled)
-        printed, _ = kill_train_all.run(folder, *command)
+    for compiled in (False, True):
+        folder = kill_train_all.small_copy(tmp_path / str(compiled), ARCHITECTURES=["decoder_only"], COMPILE=compiled)
+        printed, _ = kill_train_all.run(folder)
         assert "on 1 x cuda" in printed and "RESULTS" in printed
         found = kill_train_all.files_of(folder)[Path("checkpoints/train_all/decoder_only_last.pt")]
-        losses[name] = [entry["loss"] for entry in found["history"]]
-    assert losses["torchrun"] == pytest.approx(losses["alone"], rel=0.02)
-    assert losses["compiled"] == pytest.approx(losses["alone"], rel=0.2)  # other dropout masks
+        losses[compiled] = [entry["loss"] for entry in found["history"]]
+    assert losses[True] == pytest.approx(losses[False], rel=0.2)  # other dropout masks
 
 
 def test_under_torchrun_ctrl_c_and_sigterm_save_and_resuming_loses_nothing(two_processes, tmp_path):

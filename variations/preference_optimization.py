@@ -213,6 +213,7 @@ def make_pairs(start, reward, noisy: bool):
     one, other = sample(start, 2 * NUM_PAIRS, generator).chunk(2)
     difference = rewards_of(one, reward) - rewards_of(other, reward)                    # (N), -1, 0 or 1
     chance = difference.sigmoid() if noisy else (difference > 0).double()
+    # A seed of their own: drawn from the texts' random numbers, the coins would be correlated with the texts.
     coins = torch.rand(len(one), dtype=torch.float64, generator=torch.Generator().manual_seed(SEED + 2))
     first = (coins < chance).to(one.device)
     chosen, rejected = torch.where(first[:, None], one, other), torch.where(first[:, None], other, one)

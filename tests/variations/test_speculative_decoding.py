@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
+from tqdm import tqdm
 
 from variations import speculative_decoding
 from variations.speculative_decoding import (ModelDraft, PromptLookup, leftover, next_token_distribution, roll_back,
@@ -68,6 +69,16 @@ def test_after_the_first_rejection_nothing_is_accepted_and_after_none_the_target
         proposed = torch.tensor(proposed, dtype=torch.long)
         q = F.pad(F.one_hot(proposed, 6).double(), (0, 0, 0, 1))
         assert verify(p[:len(proposed) + 1], q, proposed) == expected
+
+
+def test_the_same_seed_samples_the_same_texts():
+    target, draft = tiny(decoder_only), tiny(decoder_only, 1)
+
+    def texts():
+        rows = speculative_decoding.measure(target, draft, PROMPTS, 1.0, tqdm(disable=True))
+        return {name: (row["tokens"], row["nats"]) for name, row in rows.items()}
+
+    assert texts() == texts()
 
 
 @pytest.mark.parametrize("name", DRAFTS)
