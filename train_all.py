@@ -703,8 +703,8 @@ def run_process() -> None:
     """run_script(main). One of several connected processes then ends without Python's shutdown.
 
     Gloo's threads may hold the last tensors for a moment longer. To release one they need the GIL, and a thread that
-    asks for it while Python shuts down aborts the process. (The usual end, dist.destroy_process_group, is left out: with
-    PyTorch 2.2 it sometimes never returns.)
+    asks for it while Python shuts down aborts the process. (dist.destroy_process_group, the usual end, is left out:
+    with PyTorch 2.2 it sometimes never returns.)
     """
     status = None
     try:
