@@ -444,17 +444,18 @@ def write_atomically(path: Path, write) -> None:
 
 
 def save_state(job, model, optimizer, state: dict) -> None:
-    """Write NAME_last.pt and NAME_history.json.
+    """Write NAME_history.json and NAME_last.pt.
 
     The optimizer is part of it: without its moment estimates AdamW would start cold in mid-schedule. The position in
     the data, the learning rate and the random state are not: they follow from the step.
     """
     whole = state | {"job": job.name, "constants": run_constants(job, model), "weights": model.state_dict(),
                      "optimizer": optimizer.state_dict()}
-    write_atomically(path_of(job, "last.pt"), lambda path: torch.save(whole, path))
     # One line per step. No timestamps, so identical runs write identical files.
     lines = ",\n".join(json.dumps(entry) for entry in state["history"])
+    # The history first: a run that is saved as finished does not come here again.
     write_atomically(path_of(job, "history.json"), lambda path: path.write_text(f"[\n{lines}\n]\n"))
+    write_atomically(path_of(job, "last.pt"), lambda path: torch.save(whole, path))
 
 
 def load_state(job, model) -> dict | None:
@@ -592,7 +593,7 @@ def train_one(job) -> dict:
             bar.update()
             state["finished"] = step + 1 == len(plan) or state["evaluations_since_best"] >= EARLY_STOPPING_PATIENCE
             if state["finished"] and RANK == 0:
-                # Before save_state: a run that is saved as finished does not come here again.
+                # Before save_state, for the same reason as the history there.
                 job.module.save(load_best(job), job.module.CHECKPOINT.with_name(f"{job.name}.pt"))
             if RANK == 0 and (state["finished"] or stopping or (step + 1) % CHECKPOINT_EVERY == 0):
                 save_state(job, model, optimizer, state)

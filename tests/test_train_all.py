@@ -354,6 +354,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(job, monkeypatch)
     assert kill_train_all.differences(kill_train_all.files_of(train_all.FOLDER), expected) == []
 
 
+def test_killed_after_any_of_its_writes_a_run_ends_like_an_uninterrupted_one(monkeypatch):
+    """A kill at a random moment seldom falls between two files that are written one after the other."""
+    class Killed(BaseException):
+        pass
+
+    def replace(source, target, replace=os.replace):
+        replace(source, target)
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise Killed
+
+    monkeypatch.setattr(os, "replace", replace)
+    countdown, job = [0], TAGGING._replace(num_epochs=1)
+    train_all.train_one(job)
+    num_writes, folder = -countdown[0], train_all.FOLDER.parent
+    expected = kill_train_all.files_of(folder)
+    assert num_writes >= 8  # the history and the checkpoint three times, the best weights, and their copy
+    for countdown[0] in range(1, num_writes + 1):
+        for path in expected:
+            (folder / path).unlink(missing_ok=True)
+        with pytest.raises(Killed):
+            train_all.train_one(job)
+        train_all.train_one(job)
+        assert kill_train_all.differences(kill_train_all.files_of(folder), expected) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_is_recorded_and_its_handler_is_restored_at_the_end(number):
     before = signal.getsignal(number)
