@@ -12,7 +12,7 @@ the effect on exact match. A row counts as different only if its range over the 
     norm             LayerNorm (base), RMSNorm(x) = x / sqrt(mean(x^2) + epsilon) * scale, or none
     place of norm    pre-norm: x + f(norm(x)) (base), or post-norm: norm(x + f(x)); in 2 layers and in 8
     dropout          10% at the embedding, on attention weights, on the residual branches, or on all; on all also with
-                     500 training numbers instead of 10,000, so that the model sees each number often
+                     500 training numbers instead of 10,000; the base hardly overfits them yet
     embeddings       input and output share a table (base), or have one each; with the factor sqrt(C) (base), or not
 
 On paper: for x = (3, 4), RMSNorm divides by sqrt((9 + 16) / 2) = 3.5355; it does not subtract the mean:
@@ -57,7 +57,7 @@ from toy_dataset import decoder_only_example, run_script
 
 DROPOUT = 0.1             # where a row has dropout. Try 0.3
 EPSILON = 1e-5            # in RMSNorm, as in LayerNorm
-FEW_NUMBERS = 500         # training numbers in the rows about overfitting. Try 200, 2000
+FEW_NUMBERS = 500         # training numbers where they are few. Try 100: does dropout help once the base overfits?
 MANY_LAYERS = 8           # of the rows about depth. Try 16
 D_MODEL = 64              # half the base's width, for speed. Try 128
 NUM_STEPS = 200           # training steps of the decoder, and half as many of the encoder. Try 1000: what remains?

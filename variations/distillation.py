@@ -81,7 +81,7 @@ TEACHER_RATE = 4e-3
 
 # --- data ---
 NUM_LABELED = 300         # labeled numbers for the student. Try 1000, 10_000: does the teacher still help?
-NUM_UNLABELED = 100_000   # numbers that the teacher answers. Try 1000
+NUM_UNLABELED = 38_400    # numbers that the teacher answers: half of a student's examples, each read once. Try 1000
 
 # --- training ---
 TEMPERATURES = (1, 4)     # Try (2, 20)

@@ -11,10 +11,11 @@ scores come in ("online softmax"). For each tile of keys, with scores S and an o
     m_new = max(m, max(S))          the weights are exp(S - m_new); sums made with the old m are off by a factor
     factor = exp(m - m_new)
     total = factor * total + sum(exp(S - m_new))
-    O = factor * O + exp(S - m_new) V                       at the end: output = O / total, logsumexp = m + ln total
+    O = factor * O + exp(S - m_new) V                       at the end: output = O / total
 
-The backward pass needs the weights again. They are recomputed, tile by tile, from the scores and the stored logsumexp,
-one number for each query: P = exp(S - logsumexp). The rest is the derivative of softmax, with D = sum(dO * output):
+The backward pass needs the weights again. They are recomputed, tile by tile, from the scores and the stored m and
+total, two numbers for each query: P = exp(S - m) / total. The rest is the derivative of softmax, with
+D = sum(dO * output):
 
     dV = P^T dO,    dS = P * (dO V^T - D),    dQ = dS K / sqrt(d_k),    dK = dS^T Q / sqrt(d_k)
 
@@ -28,7 +29,8 @@ tensor([[3.]])
 
 Papers: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention; algorithm 1, backward in appendix
 B.4); Rabe & Staats 2021 (memory). Simplified: each tile takes several PyTorch operations, in a Python loop, and tiles
-that the causal mask hides entirely are computed anyway. What this can show is the memory, which grows with T, not
+that the causal mask hides entirely are computed anyway. The mask comes in whole, T x T booleans that the columns of
+memory leave out; kernels compute it from the indices. What this can show is the memory, which grows with T, not
 with T squared. What it cannot show is the speed: that comes from doing all of this in one kernel, in the GPU's fast
 on-chip memory. F.scaled_dot_product_attention has such kernels, and is in the table.
 
@@ -96,7 +98,7 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, mask, scale, tile):
         wide = torch.promote_types(query.dtype, torch.float32)  # sums in float32 at least, whatever the inputs are
-        outputs, logsumexps = [], []
+        outputs, ms, totals = [], [], []
         for rows in tiles_of(query.size(-2), tile):
             shape = query[..., rows, :1].shape                                          # (..., rows, 1)
             m = torch.full(shape, torch.finfo(torch.float32).min, dtype=wide, device=query.device)
@@ -110,24 +112,25 @@ class TiledAttention(torch.autograd.Function):
                 output = factor * output + weights @ value[..., columns, :].to(wide)
                 m = m_new
             outputs.append((output / total).to(value.dtype))
-            logsumexps.append(m + total.log())
-        output, logsumexp = torch.cat(outputs, dim=-2), torch.cat(logsumexps, dim=-2)   # (..., T, d_k), (..., T, 1)
-        ctx.save_for_backward(query, key, value, mask, output, logsumexp)
+            ms.append(m)
+            totals.append(total)
+        output, m, total = (torch.cat(parts, dim=-2) for parts in (outputs, ms, totals))  # (..., T, d_k), (..., T, 1)
+        ctx.save_for_backward(query, key, value, mask, output, m, total)
         ctx.scale, ctx.tile = scale, tile
         return output
 
     @staticmethod
     @once_differentiable  # a second derivative is refused, not silently wrong
     def backward(ctx, grad_output):
-        query, key, value, mask, output, logsumexp = ctx.saved_tensors
-        wide = logsumexp.dtype
+        query, key, value, mask, output, m, total = ctx.saved_tensors
+        wide = total.dtype
         grad_query, grad_key, grad_value = (torch.zeros_like(x, dtype=wide) for x in (query, key, value))
         D = (grad_output.to(wide) * output.to(wide)).sum(dim=-1, keepdim=True)          # (..., T, 1)
         for rows in tiles_of(query.size(-2), ctx.tile):
             grad_rows = grad_output[..., rows, :].to(wide)
             for columns in tiles_of(key.size(-2), ctx.tile):
                 scores = tile_of_scores(query, key, mask, ctx.scale, rows, columns).to(wide)
-                P = (scores - logsumexp[..., rows, :]).exp()                            # the weights, once more
+                P = (scores - m[..., rows, :]).exp() / total[..., rows, :]              # the weights, once more
                 grad_value[..., columns, :] += P.transpose(-2, -1) @ grad_rows
                 dS = P * (grad_rows @ value[..., columns, :].to(wide).transpose(-2, -1) - D[..., rows, :]) * ctx.scale
                 if mask is not None:

@@ -20,10 +20,13 @@ where it would take 4 GiB with 32 heads:
 
 A trained MHA model can be converted: average the key and value heads of each group ("mean pooling") and continue
 training for 5% of the original steps; the paper reports that most of the quality is recovered. The experiment compares
-this with keeping the first head of each group, and with the MHA model trained for the same additional steps.
+this with keeping the first head of each group, and with the MHA model trained for the same additional steps. 5% is
+little here, a dozen steps; their learning rate was not searched.
 
 Papers: Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA; section 2.1 for the conversion, 2.2 for the groups). Simplified:
-the models are trained on names only (no loss on the prompt), so that they are good enough to compare within seconds.
+the models are trained on names only (no loss on the prompt), so that they are good enough to compare within seconds;
+every row has the base's learning rate; and the time per token includes a copy of the cache (KVCache.append), which also
+shrinks with G and which a cache allocated in advance would avoid.
 
 What you will see (about two minutes on two CPU cores): the cache's bytes per token, by the formula and as measured;
 milliseconds per token with 1,000 positions in the cache; exact match after equal training, with several seeds; and the
@@ -59,7 +62,7 @@ CACHED_BATCH = 32         # texts generated at once. Try 1
 
 # --- quality ---
 BATCH_SIZE = 128
-NUM_EPOCHS = 3            # passes over the training numbers. Try 1 (who learns faster?), 10 (is there any difference?)
+NUM_EPOCHS = 3            # passes over the training numbers. Try 1 (which learns faster?), 10 (any difference?)
 LEARNING_RATE = 2e-3      # the base model's, for every row
 SEEDS = (0, 1, 2)         # of initial weights and order of batches
 
@@ -153,7 +156,8 @@ def build(num_groups: int, seed: int):
 
 
 def name_of(num_groups: int) -> str:
-    return {NUM_HEADS: "MHA", 1: "MQA"}.get(num_groups, "GQA") + f", {num_groups} KV heads"
+    kind = {NUM_HEADS: "MHA", 1: "MQA"}.get(num_groups, "GQA")
+    return f"{kind}, {num_groups} KV head{'s' if num_groups > 1 else ''}"
 
 
 @torch.inference_mode()
@@ -260,7 +264,8 @@ def main() -> None:
     worse = [name_of(g) for g in GROUPS if g != NUM_HEADS and differ(scratch[g], scratch[NUM_HEADS])]
     say(f"Different from MHA beyond seed noise (the ranges do not overlap): {'; '.join(worse) or 'none'}.")
 
-    print(f"\nCONVERTED from the trained MHA models, then trained for {UPTRAINING:.0%} more steps\n\n"
+    print(f"\nCONVERTED from the trained MHA models, then trained for {UPTRAINING:.0%} more steps "
+          f"({max(1, round(UPTRAINING * steps))})\n\n"
           f"  {'':42}{'before':>24}{'after':>24}")
     for (num_groups, how), pairs in converted.items():
         label = "unchanged" if num_groups == NUM_HEADS else f"{how} of each group"

@@ -14,7 +14,7 @@ The idea, five times:
                                                                matrices, so 2/3 of the width for equal parameters
     GQA         H query heads share G key-value heads          the KV cache shrinks by a factor of H / G;
                                                                grouped_query_attention.py measures what that saves
-    no biases   W x, not W x + b                               slightly fewer parameters; PaLM reports stabler training
+    no biases   W x, not W x + b                               slightly fewer parameters; PaLM: more stable training
 
 On paper: RMSNorm of (3, 4) divides by sqrt((9 + 16) / 2) = 3.5355:
 
@@ -33,7 +33,7 @@ Papers: Touvron et al. 2023a, 2023b (Llama, section 2.2, and Llama 2). The defin
 models, so that weights could be copied: epsilon inside the root, statistics in float32, RoPE with base 10000 on the
 pairs (i, i + d_k/2) as in Hugging Face's version, SwiGLU's width 2/3 of D_FF, rounded up to a multiple. Simplified:
 input and output share one embedding table, as in the base file, scaled by sqrt(C) at the input (Llama 1 and 2 have two
-tables and do not scale), and the initialization is the base's.
+tables and do not scale); the initialization is the base's, and so is the learning rate, which was chosen for the base.
 
 What you will see (under three minutes on two CPU cores): one row for the base, one for each replacement alone, one
 for all five. The loss covers the names only, so an ideal model reaches 0.
@@ -299,9 +299,10 @@ def main() -> None:
         loss = found[row]["loss"]
         verdict = "same" if not differ(loss, base["loss"]) else "lower" if max(loss) < min(base["loss"]) else "higher"
         verdicts[verdict].append(row)
-    say(f"Final loss lower than the base's in every seed: {', '.join(verdicts['lower']) or 'none'}; higher in every "
-        f"seed: {', '.join(verdicts['higher']) or 'none'}; within seed noise (the ranges overlap): "
-        f"{', '.join(verdicts['same']) or 'none'}.")
+    say(f"Final loss below the base's, beyond seed noise: {', '.join(verdicts['lower']) or 'none'}; above it: "
+        f"{', '.join(verdicts['higher']) or 'none'}; within seed noise (the ranges overlap): "
+        f"{', '.join(verdicts['same']) or 'none'}. The ranges of two equally good rows are disjoint by chance in "
+        f"{2 / math.comb(2 * len(SEEDS), len(SEEDS)):.0%} of all comparisons.")
     say(f"All five together: {found['all five']['bytes'] / base['bytes']:.0%} of the base's cache, "
         f"{found['all five']['parameters'] / base['parameters']:.0%} of its parameters, "
         f"{milliseconds['all five'] / milliseconds['base']:.0%} of its time per step.")

@@ -65,7 +65,7 @@ from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from toy_dataset import DIGITS, IGNORE, TOKEN_TO_ID, VOCABULARY, WORDS, InputError, Splits, run_script, to_ids
@@ -83,7 +83,8 @@ D_FF = 16                 # inner width of one expert, and of the dense model wi
 NUM_HEADS = 2
 SEEDS = (0, 1, 2)         # of initial weights, facts and order of batches
 
-# Of 8e-3, 1.6e-2 and 2.4e-2, tried with two seeds, the learning rate of each task is the best for each of its rows.
+# Of 8e-3, 1.6e-2 and 2.4e-2, tried with two seeds, the learning rate of each task is the best for each of its rows (for
+# the names the highest tried, so perhaps not the best there is).
 NUM_FACTS = 1500          # numbers with a random word. Try 500, 6000: when does which model run out of space?
 FACT_EPOCHS = 50
 FACT_BATCH_SIZE = 250
@@ -526,7 +527,7 @@ def main() -> None:
         print(f"  {row:31}{spread(values):>24}")
     say(f"Top-1, names: {compare('top-1', 'dense, active size of top-1', exact)}; "
         f"{compare('top-1', 'dense, total size', exact)}.")
-    say("Which expert a token of a held-out name goes to (top-1): "
+    say("Which expert a token of a held-out name goes to (top-1, the first seed's model): "
         + "; ".join(f"in layer {i} the token predicts it in {by_token:.1%} of cases, and always guessing the busiest "
                     f"expert is right in {by_nothing:.1%}"
                     for i, (by_token, by_nothing) in enumerate(predictable(choices), start=1)) + ".")

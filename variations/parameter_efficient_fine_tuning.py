@@ -30,7 +30,8 @@ tensor([[1., 2.],
 The task. A decoder that names numbers in English learns a dialect with the same words: units before tens, as in
 German ("two forty" for 42), from 1,000 examples. Nothing in the prompt says which language is wanted. So a model that
 speaks the dialect perfectly answers every number in it, and its accuracy in English is exactly the share of names that
-are the same in both. That floor is printed: whatever forgetting there seems to be, it is asked for.
+are the same in both. That floor is printed: down to it, lower accuracy in English is what the task demands; below it,
+something was damaged.
 
 Papers: Hu et al. 2021 (LoRA, section 4.1); Houlsby et al. 2019 (adapters, section 2.1); Li & Liang 2021 (prefix tuning,
 section 4); Lester et al. 2021 (prompt tuning, section 2); Ben Zaken et al. 2021 (BitFit). Simplified: LoRA is on all
@@ -59,7 +60,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from decoder_only import DecoderOnlyTransformer, scaled_dot_product_attention
@@ -84,7 +85,7 @@ PROMPT_LENGTH = 8         # vectors before the text. Try 1, 32
 
 # --- fine-tuning ---
 NUM_EXAMPLES = 1000       # names in the dialect. Try 100: which method needs the fewest?
-NUM_STEPS = 200           # Try 1000: who catches up?
+NUM_STEPS = 200           # Try 1000: which methods catch up?
 BATCH_SIZE = 64
 LEARNING_RATES = (1e-3, 4e-3, 2e-2, 1e-1, 4e-1)  # each method keeps the best of these, found with the first seed
 NUM_VALIDATION = 300      # numbers that choose the learning rate
@@ -462,8 +463,11 @@ def main() -> None:
         print(f"  {method:18}{row['parameters']:9,}{row['bytes']:10,}{row['rate']:8.0e}{spread(row['dialect']):>25}"
               f"{statistics.mean(row['English']):8.1%}{statistics.mean(row['out']):8.1%}")
     full = found["full fine-tuning"]["dialect"]
-    equal = [method for method, row in found.items() if row["dialect"] is not full and not differ(row["dialect"], full)]
-    say(f"Within seed noise of full fine-tuning (the ranges overlap): {', '.join(equal) or 'none'}.")
+    others = {method: row["dialect"] for method, row in found.items() if row["dialect"] is not full}
+    equal = [method for method, values in others.items() if not differ(values, full)]
+    above = [method for method, values in others.items() if min(values) > max(full)]
+    say(f"Within seed noise of full fine-tuning (the ranges overlap): {', '.join(equal) or 'none'}. Above it: "
+        f"{', '.join(above) or 'none'}.")
     below = [method for method, row in found.items() if statistics.mean(row["dialect"]) < untouched]
     edge = [method for method, row in found.items() if row["rate"] in (LEARNING_RATES[0], LEARNING_RATES[-1])]
     say(f"Worse in the dialect than the base without any training: {', '.join(below) or 'none'}. Best at the lowest "
@@ -477,8 +481,12 @@ def main() -> None:
           + " " * 18 + "".join(f"{language:>14}" for language in LANGUAGES))
     for name, shares in table.items():
         print(f"  {name:18}" + "".join(f"{share:14.1%}" for share in shares.values()))
+    both = LANGUAGES["both"]
+    alone = [statistics.mean(LANGUAGES[one](words) == both(words) for words in map(number_to_words, tests))
+             for one in ("units first", "no one")]
     say(f"Merged into the weights, the adapter changes no logit by more than {changed:.0e}. Both merged together, "
-        f"a combination that was never trained, name {table['+ both']['both']:.1%} of the numbers with both rules.")
+        f"a combination that was never trained, name {table['+ both']['both']:.1%} of the numbers with both rules (one "
+        f"seed). A perfect model of one rule alone would reach {alone[0]:.1%} or {alone[1]:.1%}.")
     save_figure(draw(found, untouched), FIGURE)
 
 

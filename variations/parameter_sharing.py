@@ -76,7 +76,7 @@ WIDTHS = (4, 8, 16, 24)   # E in the table of factorized embeddings; each below 
 LARGE_VOCABULARY = 30_000 # ALBERT's, in the same table
 
 BATCH_SIZE = 128
-NUM_EPOCHS = 4            # passes over the training numbers. Try 2: who is late, and how far apart are the seeds?
+NUM_EPOCHS = 4            # passes over the training numbers. Try 2: which row learns late? How far apart are the seeds?
 LEARNED = 0.1             # training loss (nats) by which the speed of learning is compared. Try 0.5, 0.02
 LEARNING_RATES = (8e-3, 1.6e-2, 3.2e-2)  # each row keeps the best of these, found with the first seed
 NUM_TESTS = 2000          # held-out numbers for exact match; other numbers choose the learning rate
@@ -196,8 +196,10 @@ def num_parameters(model) -> int:
 
 
 def multiplications(model) -> int:
-    """Multiplications with weights per token, a shared weight counted at each use. (Attention scores come on top.)"""
-    uses = [module.weight for layer in model.layers for module in layer.modules() if isinstance(module, nn.Linear)]
+    """Multiplications with weights per token, a shared weight counted at each use. Not counted: attention scores, and
+    the product that forms a factorized embedding's table, once for a whole batch."""
+    uses = [module.weight for part in (*model.layers, model.embedding) for module in part.modules()
+            if isinstance(module, nn.Linear)]
     return sum(weight.numel() for weight in uses) + model.embedding.weight.numel()
 
 
@@ -357,7 +359,7 @@ def show_accuracy(found: dict, times: dict) -> None:
         print(f"  {row:28}{result['rate']:8.1e}{spread(exact[row]):>26}{learned:>20}")
     for row in ("attention shared", "feed-forward shared", SAME):
         say(f"At equal depth, {row}: exact match is {relation(exact[row], exact[OWN])} that of {OWN}, and the number "
-            f"of steps until learned is {relation(steps[row], steps[OWN])} theirs.")
+            f"of steps until learned, each at its own rate, is {relation(steps[row], steps[OWN])} theirs.")
     say(f"At equal parameters, {SAME}: exact match is {relation(exact[SAME], exact[ONCE])} that of 1 layer used "
         f"once, and a training step takes {times[SAME][0] / times[ONCE][0]:.1f} times as long. With the depth encoding "
         f"it is {relation(exact['same, with depth encoding'], exact[SAME])} that without.")

@@ -34,9 +34,9 @@ reward is fitted to the pairs by logistic regression (Bradley & Terry 1952: P(y 
 
     loss = -log sigmoid(beta * [log pi(chosen) / start(chosen) - log pi(rejected) / start(rejected)])
 
-The experiment. The decoder generates numbers, digit by digit up to <SEP>; the reward is 1 if the number holds a 7. The
-name that would follow is not rewarded and, except in one row, not part of the KL. A second reward, 1 if the number is
-divisible by 3, has a shortcut: numbers made only of the digits 0, 3, 6 and 9 need no sum of digits.
+The experiment. The decoder generates numbers, digit by digit up to <SEP>; the reward is 1 if the number contains a 7.
+The name that would follow is not rewarded and, except in one row, not part of the KL. A second reward, 1 if the number
+is divisible by 3, has a shortcut: numbers made only of the digits 0, 3, 6 and 9 need no sum of digits.
 
 Papers: Ziegler et al. 2019, section 2 (RLHF with the KL penalty); Williams 1992 (REINFORCE); Kool et al. 2019 (the
 baseline: the mean of the other samples); Rafailov et al. 2023, section 4 (equation 4: the optimum, 7: DPO). Simplified:
@@ -64,7 +64,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from toy_dataset import DIGITS, MAX_DIGITS, PAD_ID, SEP_ID, SOS_ID, InputError, make_splits, run_script, to_tokens
@@ -92,7 +92,7 @@ NUM_SAMPLES = 4000        # to measure reward and KL
 FIGURE = Path(__file__).resolve().parent.parent / "figures" / "variations" / "preference_optimization.png"
 
 # Rewards of a number; a text that is no number has reward 0.
-REWARDS = {"holds a 7": lambda number: "7" in str(number), "divisible by 3": lambda number: number % 3 == 0}
+REWARDS = {"contains a 7": lambda number: "7" in str(number), "divisible by 3": lambda number: number % 3 == 0}
 
 # ======================================================================================================
 # THE EXCHANGED PARTS: two losses in place of cross-entropy
@@ -279,7 +279,7 @@ def draw(rows: list[tuple], mean_reward: float) -> Figure:
             axes.annotate(f"{beta:g}", (kl, reward), offset, textcoords="offset points", fontsize=11, color=colour)
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1, 2, 5, 10], ["0", ".25", ".5", ".75", "1", "2", "5", "10"])
-    axes.set(xlabel="KL to the start model (nats, logarithmic above 1)", ylabel="numbers that hold a 7",
+    axes.set(xlabel="KL to the start model (nats, logarithmic above 1)", ylabel="numbers that contain a 7",
              xlim=(-0.03, largest), ylim=(None, 1.05))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid()
@@ -311,7 +311,7 @@ def show_rewards(rows: list[tuple], mean_reward: float, reward_name: str) -> Non
 
 def main() -> None:
     """Train the start model, fine-tune it in every way, show the tables."""
-    rows, (holds_a_7, by_3) = [], REWARDS.values()
+    rows, (contains_a_7, by_3) = [], REWARDS.values()
     num_steps = (NUM_EPOCHS * math.ceil(len(make_splits().train) / START_BATCH_SIZE) + NUM_STEPS * (len(BETAS) + 2)
                  + SHORTCUT[1] + math.ceil(NUM_PAIRS / BATCH_SIZE) * len(BETAS))
     with tqdm(total=num_steps, desc="training", ascii=True, ncols=95, mininterval=0.5) as bar:
@@ -321,28 +321,28 @@ def main() -> None:
         decoder_only.train(start, loaders, NUM_EPOCHS, START_LEARNING_RATE, num_evaluations=0, progress=bar)
         start.eval()
         reference = sample(start, 5 * NUM_SAMPLES, torch.Generator(start.embedding.weight.device).manual_seed(SEED))
-        mean_reward, mean_by_3 = (rewards_of(reference, reward).mean().item() for reward in (holds_a_7, by_3))
+        mean_reward, mean_by_3 = (rewards_of(reference, reward).mean().item() for reward in (contains_a_7, by_3))
         if not 0 < min(mean_reward, mean_by_3) <= max(mean_reward, mean_by_3) < 1:
             raise InputError(f"The start model's mean rewards, {mean_reward:.3f} and {mean_by_3:.3f}, must be above 0 "
                              f"and below 1: raise NUM_EPOCHS = {NUM_EPOCHS}.")
 
-        def add(method, beta, policy, reward=holds_a_7):
+        def add(method, beta, policy, reward=contains_a_7):
             rows.append((method, beta, measure(policy, start, reward, loaders.validation)))
 
         add("start model", None, start)
         for beta in (*BETAS, 0.0):
-            add("RLHF", beta, rlhf(start, holds_a_7, beta, NUM_STEPS, bar))
-        add("RLHF, whole texts", BETAS[1], rlhf(start, holds_a_7, BETAS[1], NUM_STEPS, bar, whole=True))
-        pairs = make_pairs(start, holds_a_7, noisy=True)
+            add("RLHF", beta, rlhf(start, contains_a_7, beta, NUM_STEPS, bar))
+        add("RLHF, whole texts", BETAS[1], rlhf(start, contains_a_7, BETAS[1], NUM_STEPS, bar, whole=True))
+        pairs = make_pairs(start, contains_a_7, noisy=True)
         for beta in BETAS:
             add("DPO", beta, dpo(start, pairs, beta, bar))
-        pairs = make_pairs(start, holds_a_7, noisy=False)
+        pairs = make_pairs(start, contains_a_7, noisy=False)
         bar.total += math.ceil(len(pairs[0]) / BATCH_SIZE)  # known only now: how many pairs differ in reward
         add("DPO, no label noise", BETAS[1], dpo(start, pairs, BETAS[1], bar))
         add("RLHF", SHORTCUT[0], rlhf(start, by_3, *SHORTCUT, bar), by_3)
 
     *rows, shortcut = rows
-    show_rewards(rows, mean_reward, "holds a 7")
+    show_rewards(rows, mean_reward, "contains a 7")
     by_name = {(method, beta): row for method, beta, row in rows}
     gaps = [f"{beta:g}: RLHF {gap['RLHF']:.3f}, DPO {gap['DPO']:.3f}" for beta in BETAS for gap in [
         {method: optimum(mean_reward, beta)[0] - beta * optimum(mean_reward, beta)[1]
@@ -365,9 +365,14 @@ def main() -> None:
     Z = 1 - mean_by_3 + mean_by_3 * math.exp(1 / SHORTCUT[0])
     best = sum(number in easy for number in start_numbers) / len(start_numbers) * math.exp(1 / SHORTCUT[0]) / Z
     divisible = sum(number % 3 == 0 for number in others) / max(1, len(others))
+    # Without learning it: the share among the start model's other numbers of the same lengths.
+    lengths = Counter(len(str(number)) for number in start_numbers if number is not None and number not in easy)
+    by_length = Counter(len(str(number)) for number in start_numbers
+                        if number is not None and number not in easy and number % 3 == 0)
+    chance = sum(by_length[len(str(number))] / max(1, lengths[len(str(number))]) for number in others)
     say(f"Numbers made of 0, 3, 6 and 9 alone are {sum(number in easy for number in numbers) / NUM_SAMPLES:.1%} of the "
         f"texts; of the optimum's they would be {best:.1%}. Of all other numbers, {divisible:.1%} are divisible by 3 "
-        "(by chance: 33.3%).")
+        f"(of the start model's other numbers of the same lengths: {chance / max(1, len(others)):.1%}).")
     save_figure(draw(rows, mean_reward), FIGURE)
 
 

@@ -53,7 +53,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from toy_dataset import InputError, make_splits, number_to_words, run_script
@@ -65,14 +65,14 @@ from toy_dataset import InputError, make_splits, number_to_words, run_script
 BITS = (8, 6, 4, 3, 2)    # of a weight. 2 bits are -1, 0, 1
 GROUP = 32                # numbers in a group. Try 8: more scales, smaller errors
 OUTLIER = 100.0           # how much larger the planted feature is. Try 10, 1000
-THRESHOLD = 6.0           # LLM.int8(): features with a larger value stay in floating point. Try 1: who stays?
+THRESHOLD = 6.0           # LLM.int8(): features with a larger value stay in floating point. Try 1: which features stay?
 
 D_MODEL = 64              # Try 128: does a wider model tolerate fewer bits?
 BATCH_SIZE = 128
 NUM_EPOCHS = 4            # of the base model
 LEARNING_RATE = 4e-3
 REPAIR_BITS = (3, 2)      # where quantization-aware training is tried
-REPAIR_EPOCHS = 2         # of training on, with and without rounding. Try 10
+REPAIR_EPOCHS = 2         # of further training, with and without rounding. Try 10
 REPAIR_RATE = 2e-3
 NUM_TESTS = 1000          # held-out numbers for exact match
 SEEDS = (0, 1, 2)         # of base models: rounding itself has nothing random
@@ -313,11 +313,11 @@ def measure(bar) -> dict[str, dict]:
         decoder_only.train(further, loaders, REPAIR_EPOCHS, REPAIR_RATE, num_evaluations=0, progress=bar)
         for bits in REPAIR_BITS:
             add("repair", (bits, "rounded"), accuracy(exchange(deepcopy(base), bits, "channel"), loaders))
-            add("repair", (bits, "trained on, then rounded"),
+            add("repair", (bits, "trained further, then rounded"),
                 accuracy(exchange(deepcopy(further), bits, "channel"), loaders))
             aware = exchange(deepcopy(base), bits, "channel")
             decoder_only.train(aware, loaders, REPAIR_EPOCHS, REPAIR_RATE, num_evaluations=0, progress=bar)
-            add("repair", (bits, "trained on while rounded"), accuracy(aware, loaders))
+            add("repair", (bits, "trained further, rounded"), accuracy(aware, loaders))
     return found
 
 
@@ -349,7 +349,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 def draw(found: dict) -> Figure:
     """Exact match by bits, a line for each granularity, and what training repairs."""
     bits = min(REPAIR_BITS)
-    rounded, aware = (statistics.mean(found["repair"][bits, how]) for how in ("rounded", "trained on while rounded"))
+    rounded, aware = (statistics.mean(found["repair"][bits, how]) for how in ("rounded", "trained further, rounded"))
     figure = new_figure(f"{bits}-bit weights: rounding leaves {rounded:.0%} of the answers correct, training with "
                         f"rounded weights {aware:.0%}", 4.6)
     axes = figure.subplots()
@@ -359,8 +359,8 @@ def draw(found: dict) -> Figure:
                   label={"tensor": "one scale per tensor", "channel": "per output channel",
                          "group": f"per group of {GROUP}"}[granularity])
         axes.fill_between(BITS, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.15, lw=0)
-    axes.plot(REPAIR_BITS, [statistics.mean(found["repair"][bits, "trained on while rounded"]) for bits in REPAIR_BITS],
-              color="#222222", marker="D", linestyle="--", clip_on=False, label="per channel, trained while rounded")
+    axes.plot(REPAIR_BITS, [statistics.mean(found["repair"][bits, "trained further, rounded"]) for bits in REPAIR_BITS],
+              color="#222222", marker="D", linestyle="--", clip_on=False, label="per channel, trained further, rounded")
     axes.set(xlabel="bits per weight", ylabel="exact match", ylim=(0, 1), xticks=BITS)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(axis="y")
@@ -392,9 +392,11 @@ def main() -> None:
         sizes, errors, exact[bits, granularity] = zip(*rows)
         print(f"  {bits:4}  {granularity:15}{sizes[0]:14,}{max(errors):9.3f}{spread(exact[bits, granularity]):>25}")
     for granularity in GRANULARITIES:
-        kept = [bits for bits in BITS if not differ(exact[bits, granularity], exact[32, "float"])]
-        say(f"One scale per {granularity}: within seed noise of float32 (the ranges overlap) with "
-            f"{', '.join(map(str, kept)) or 'none of these'} bits.")
+        changes = []
+        for bits in BITS:  # rounding has nothing random, so each model is compared with itself
+            points = [100 * (a - b) for a, b in zip(exact[bits, granularity], exact[32, "float"])]
+            changes.append(f"{bits} bits {min(points):+.1f} to {max(points):+.1f}")
+        say(f"One scale per {granularity}, change of the same model in points: {'; '.join(changes)}.")
 
     print("\nACTIVATIONS: the inputs of all Linear layers in 8 bits as well\n"
           f"outlier: one feature made {OUTLIER:g} times as large, the function unchanged\n")
@@ -412,7 +414,7 @@ def main() -> None:
     for (bits, how), values in found["repair"].items():
         print(f"  {bits} bits, {how:42}{spread(values):>25}")
     for bits in REPAIR_BITS:
-        aware, later = (found["repair"][bits, how] for how in ("trained on while rounded", "trained on, then rounded"))
+        aware, later = (found["repair"][bits, f"trained further, {how}"] for how in ("rounded", "then rounded"))
         beyond = "beyond" if differ(aware, later) else "within"
         say(f"{bits} bits: rounding during training instead of after it changes exact match by "
             f"{100 * (statistics.mean(aware) - statistics.mean(later)):+.1f} points, {beyond} seed noise; float32 has "

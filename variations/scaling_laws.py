@@ -76,7 +76,7 @@ from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from toy_dataset import MAX_DIGITS, VOCABULARY, InputError, NumberDataset, decoder_only_example, make_splits, pad_batch
@@ -283,7 +283,7 @@ def train_names(d_model: int, D: int, seed: int, bar) -> tuple[int, int, float]:
     held_out = decoder_only.create_dataloaders(BATCH_SIZE, seed, loss_on_prompt=False)
     loaders = held_out._replace(train=DataLoader(dataset, BATCH_SIZE, collate_fn=pad_batch))
     # Small models need larger rates. Each width was tried with 10,000 numbers and rates up to 3.2e-2, doubling them:
-    # 64 is best at 8e-3, the narrower ones at 3.2e-2 (32 by little).
+    # 64 is best at 8e-3, the narrower ones at 3.2e-2, the highest (32 only by a narrow margin; it gets half of that).
     rate = min(3.2e-2, 0.5 / d_model)
     decoder_only.train(model, loaders, 1, rate, num_evaluations=0, progress=bar)
     N = sum(parameter.numel() for parameter in model.parameters())
@@ -356,7 +356,7 @@ def title_of(language: str | float) -> str:
 
 
 def show_losses(runs: list[tuple], ideal: list[tuple] = ()) -> None:
-    """Rows: N. Columns: D. In brackets: the computed loss."""
+    """Rows: N. Columns: D. In parentheses: the computed loss."""
     draws, computed = sorted({D for _, D, _ in runs}), {(N, D): loss for N, D, loss in ideal}
     print(f"\n  {'N':>9}" + "".join(f"{f'D = {D:,}':>17}" for D in draws))
     for N in sorted({N for N, *_ in runs}):
@@ -379,7 +379,7 @@ def show_exponents(means: dict, ideal: dict) -> None:
 
 def show_fits(laws: dict, means: dict, ideal: dict) -> None:
     """The constants, how well the law fits, and how well it extrapolates."""
-    print("\nTHE FIT of loss = (N0 / N)^alpha + (D0 / D)^beta to the mean losses (in brackets: to each seed)\n"
+    print("\nTHE FIT of loss = (N0 / N)^alpha + (D0 / D)^beta to the mean losses (in parentheses: to each seed)\n"
           "R^2: of the logarithm; error: the root mean square error of the logarithm, as a factor\n\n"
           f"  {'':19}{'alpha':>21}{'beta':>21}{'N0':>10}{'D0':>10}{'R^2':>7}{'error':>8}")
 
@@ -494,8 +494,8 @@ def main() -> None:
           f"D numbers, each used once. The floor E is 0; guessing costs {math.log(len(VOCABULARY)):.2f}")
     show_losses(means["names"])
     for a in TAILS:
-        print(f"\nNICKNAMES, a = {a:g}: loss over the whole language, nats, mean of {len(SEEDS)} seeds (in brackets: "
-              f"computed)\nD draws, one epoch. The floor E is 0; guessing costs {math.log(NUM_NICKNAMES):.2f}")
+        print(f"\nNICKNAMES, a = {a:g}: loss over the whole language, nats, mean of {len(SEEDS)} seeds (in parentheses:"
+              f" computed)\nD draws, one epoch. The floor E is 0; guessing costs {math.log(NUM_NICKNAMES):.2f}")
         show_losses(means[a], ideal[a])
         ratios = [loss / best for (*_, loss), (*_, best) in zip(means[a], ideal[a])]
         say(f"Measured / computed: {min(ratios):.2f} to {max(ratios):.2f}. The excess over 1 is the loss on facts that "

@@ -10,8 +10,8 @@ position has read in one layer, its neighbors can read from it in the next. With
     reach after L layers = M^L  (as booleans)         pairs computed = sum(M), not T * T
 
     window               the w positions on either side: L layers reach L * w positions
-    strided              a window, and every s-th position (Child et al. 2019): two layers reach
-                         everything if 2w + 1 >= s
+    strided              a window, and every s-th position (Child et al. 2019): two layers reach everything if
+                         w >= s - 1; if only 2w + 1 >= s, everything but some pairs near the ends
     window + global      a window, and <CLS>, which attends to all and to which all attend (Longformer)
     window + random      a window, and r random positions for each (a part of BigBird)
     BigBird              window, random and global together
@@ -218,7 +218,7 @@ def make_batches(num_texts: int, seed: int) -> list[dict]:
 
 
 def measure(bar) -> dict[str, list[tuple[float, float]]]:
-    """For each pattern and seed: the ceiling on the test numbers' lengths, and the trained model's accuracy."""
+    """For each pattern and seed: the ceiling for equally likely lengths, and the trained model's accuracy."""
     found = {}
     for seed in SEEDS:
         loaders = Splits(make_batches(NUM_STEPS * BATCH_SIZE, seed), [], [])

@@ -61,7 +61,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files stand one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the base files are one folder up
 
 import decoder_only
 from toy_dataset import EOS_ID, PAD_ID, SOS_ID, make_splits, run_script
@@ -230,7 +230,7 @@ def nats(target, prompt: list[int], new: list[int]) -> float:
 
 def measure(target, draft_model, prompts, temperature: float, bar) -> dict[str, dict]:
     """By row: totals over the prompts of tokens, seconds and counts; the share of texts equal to the plain ones; the
-    nats of each text. The rows take turns, so that a slow moment of the machine meets all."""
+    nats of each text. The rows take turns, so that a slow moment of the machine affects all."""
     methods = {"target alone": (None, 0), "draft alone": (None, 0)}
     methods |= {f"draft, k = {k}": (lambda: ModelDraft(draft_model), k) for k in NUM_PROPOSALS}
     methods[f"lookup, k = {NUM_LOOKUP}"] = (PromptLookup, NUM_LOOKUP)

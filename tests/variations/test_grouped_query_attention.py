@@ -101,4 +101,4 @@ def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main, monkeyp
     monkeypatch.setattr(decoder_only, "build_model", lambda **sizes: build(**{"d_model": 16, "d_ff": 16} | sizes))
     printed = run_main(grouped_query_attention, BATCH_SIZE=8, SEEDS=(0, 1), NUM_EPOCHS=1, CACHED_POSITIONS=10,
                        CACHED_BATCH=2)
-    assert all(f"{g} KV heads" in printed for g in (8, 2, 1)) and "mean of each group" in printed
+    assert all(f"{g} KV head" in printed for g in (8, 2, 1)) and "mean of each group" in printed
