@@ -5,8 +5,8 @@
     python tests/try_constants.py decoder_only NUM_LAYERS NUM_HEADS
 
 Each run is the script itself, in a copy of the folder that also holds a checkpoint of the unchanged file, with shorter
-training than by default (see SHORT), so that a table takes minutes. Differences of about a percentage point are seed
-noise; run the file by itself to see a change at full length. "refused" rows show the script's error message.
+training than by default (see SHORT), so that a table takes minutes. How much is seed noise, the row SEED shows; run the
+file by itself to see a change at full length. "refused" rows show the script's error message.
 """
 
 import re
