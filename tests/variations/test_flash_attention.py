@@ -45,6 +45,14 @@ def test_large_scores_do_not_overflow():
                                F.scaled_dot_product_attention(100 * query, 100 * key, value), atol=1e-5, rtol=1e-5)
 
 
+def test_a_fully_masked_row_has_the_gradient_of_the_written_out_version():
+    mask = torch.ones(6, 6, dtype=torch.bool).tril(-1)  # the first row may attend to nothing: the average of all values
+    tensors = [tensor.detach().float().requires_grad_() for tensor in inputs(6, 6)]
+    outputs = [tiled_attention(*tensors, mask, tile=2), flash_attention.written_out(*tensors, mask)]
+    for one, other in zip(*(torch.autograd.grad(output.square().sum(), tensors) for output in outputs)):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_fully_masked_row_and_half_precision_stay_finite(dtype):
     query, key, value = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs(6, 6))
