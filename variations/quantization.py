@@ -317,7 +317,7 @@ def measure(bar) -> dict[str, dict]:
                 accuracy(exchange(deepcopy(further), bits, "channel"), loaders))
             aware = exchange(deepcopy(base), bits, "channel")
             decoder_only.train(aware, loaders, REPAIR_EPOCHS, REPAIR_RATE, num_evaluations=0, progress=bar)
-            add("repair", (bits, "trained further, rounded"), accuracy(aware, loaders))
+            add("repair", (bits, "trained further with rounding"), accuracy(aware, loaders))
     return found
 
 
@@ -349,9 +349,10 @@ def save_figure(figure: Figure, path: Path) -> None:
 def draw(found: dict) -> Figure:
     """Exact match by bits, a line for each granularity, and what training repairs."""
     bits = min(REPAIR_BITS)
-    rounded, aware = (statistics.mean(found["repair"][bits, how]) for how in ("rounded", "trained further, rounded"))
+    aware = {bits: statistics.mean(found["repair"][bits, "trained further with rounding"]) for bits in REPAIR_BITS}
+    rounded = statistics.mean(found["repair"][bits, "rounded"])
     figure = new_figure(f"{bits}-bit weights: rounding leaves {rounded:.0%} of the answers correct, training with "
-                        f"rounded weights {aware:.0%}", 4.6)
+                        f"rounded weights {aware[bits]:.0%}", 4.6)
     axes = figure.subplots()
     for granularity, colour, marker in zip(GRANULARITIES, ("#E69F00", "#0072B2", "#009E73"), "so^"):
         rows = [[accuracy for *_, accuracy in found["weights"][bits, granularity]] for bits in BITS]
@@ -359,8 +360,8 @@ def draw(found: dict) -> Figure:
                   label={"tensor": "one scale per tensor", "channel": "per output channel",
                          "group": f"per group of {GROUP}"}[granularity])
         axes.fill_between(BITS, [min(row) for row in rows], [max(row) for row in rows], color=colour, alpha=0.15, lw=0)
-    axes.plot(REPAIR_BITS, [statistics.mean(found["repair"][bits, "trained further, rounded"]) for bits in REPAIR_BITS],
-              color="#222222", marker="D", linestyle="--", clip_on=False, label="per channel, trained further, rounded")
+    axes.plot(aware.keys(), aware.values(), color="#222222", marker="D", linestyle="--", clip_on=False,
+              label="per channel, trained with rounding")
     axes.set(xlabel="bits per weight", ylabel="exact match", ylim=(0, 1), xticks=BITS)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.grid(axis="y")
@@ -414,7 +415,7 @@ def main() -> None:
     for (bits, how), values in found["repair"].items():
         print(f"  {bits} bits, {how:42}{spread(values):>25}")
     for bits in REPAIR_BITS:
-        aware, later = (found["repair"][bits, f"trained further, {how}"] for how in ("rounded", "then rounded"))
+        aware, later = (found["repair"][bits, f"trained further{how}"] for how in (" with rounding", ", then rounded"))
         beyond = "beyond" if differ(aware, later) else "within"
         say(f"{bits} bits: rounding during training instead of after it changes exact match by "
             f"{100 * (statistics.mean(aware) - statistics.mean(later)):+.1f} points, {beyond} seed noise; float32 has "
