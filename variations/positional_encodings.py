@@ -427,11 +427,11 @@ def main() -> None:
 
     print(f"\n(a) TRAINED on texts of {TRAIN_PAIRS[0]} to {TRAIN_PAIRS[-1]} numbers and names, {NUM_STEPS} steps of "
           f"{BATCH_SIZE}, one seed: last name correct,\n    by the number of pairs in the text; beyond: mean over the "
-          f"lengths not trained\n\n  {'':33}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS) + f"{'beyond':>9}")
+          f"lengths not trained\n\n  {'':36}" + "".join(f"{pairs:>7}" for pairs in TEST_PAIRS) + f"{'beyond':>9}")
     beyond = {name: statistics.mean(share for pairs, share in zip(TEST_PAIRS, shares) if pairs > max(TRAIN_PAIRS))
               for name, shares in accuracies.items()}
     for name, shares in accuracies.items():
-        print(f"  {name:33}" + "".join(f"{share:7.0%}" for share in shares) + f"{beyond[name]:9.0%}")
+        print(f"  {name:36}" + "".join(f"{share:7.0%}" for share in shares) + f"{beyond[name]:9.0%}")
     furthest = max(ENCODINGS, key=beyond.get)
     stretched = [f"{share:.0%} ({name})" for name, share in beyond.items() if name not in ENCODINGS]
     say(f"In this run {furthest} is best beyond the trained lengths, {beyond[furthest]:.0%} correct (sinusoidal, the "
