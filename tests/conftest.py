@@ -99,12 +99,22 @@ def trained_encoder():
     return quick_training(encoder_only, 1)
 
 
+def evaluate_held_out(evaluate, trained: set, model, loader):
+    """evaluate(model, loader), if the loader holds no number that was trained on."""
+    batches = list(loader)
+    digits = {toy_dataset.TOKEN_TO_ID[digit]: digit for digit in toy_dataset.DIGITS}
+    rows = [[digits[i] for i in ids if i in digits] for batch in batches for ids in batch["ids"].tolist()]
+    assert not trained & {int("".join(row)) for row in rows if row}
+    return evaluate(model, batches)
+
+
 @pytest.fixture(params=sorted({"cpu", ACCELERATOR.type}))
 def run_main(request, monkeypatch, capsys, tmp_path):
     """run_main(variation, NAME=value, ...): calls its main() with small constants; returns what it printed.
 
-    num_train: how many training numbers are left. Also checks what holds for every variation: ASCII, at most 100
-    columns, a picture below 200 KB, in a folder that did not exist. Where there is a GPU, the test runs there as well.
+    num_train: how many training numbers are left. Also checks what holds for every variation: tested on numbers that
+    were not trained on, ASCII, at most 100 columns, a picture below 200 KB, in a folder that did not exist. Where there
+    is a GPU, the test runs there as well.
     """
     if request.param != "cpu":
         request.getfixturevalue("accelerator")
@@ -119,6 +129,8 @@ def run_main(request, monkeypatch, capsys, tmp_path):
             constants["FIGURE"] = picture
         for name, value in constants.items():
             monkeypatch.setattr(variation, name, value)
+        for module in (encoder_only, decoder_only):
+            monkeypatch.setattr(module, "evaluate", functools.partial(evaluate_held_out, module.evaluate, set(few.train)))
         variation.main()
         printed = capsys.readouterr().out
         assert printed.isascii()

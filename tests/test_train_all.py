@@ -1,7 +1,9 @@
 """What train_all.py promises. Runs that are killed, stopped or distributed are started as a reader starts them."""
 
 import copy
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -90,6 +92,16 @@ def gradient_of(job, micro_batches, **options) -> tuple[list[torch.Tensor], int]
     batches = (toy_dataset.pad_batch([job.make_example(n) for n in numbers]) for numbers in micro_batches)
     _, num_targets, _ = train_all.accumulate_gradients(job, model, batches, len(micro_batches), step=0).tolist()
     return [parameter.grad for parameter in model.parameters()], num_targets
+
+
+# --- the jobs ---
+
+
+def test_each_job_has_the_learning_rate_of_its_file_and_fine_tuning_starts_from_the_pretrained_weights():
+    for job in train_all.JOBS:
+        fine_tuned = job.options.get("task", "masked_lm") != "masked_lm"
+        rate = job.module.FINE_TUNING_LEARNING_RATE if fine_tuned else job.module.LEARNING_RATE
+        assert job.learning_rate == rate and job.starts_from is (train_all.PRETRAINING if fine_tuned else None)
 
 
 # --- the order of the data ---
@@ -247,6 +259,13 @@ def test_stored_activations_are_counted_once_each_and_weights_are_not(monkeypatc
     assert train_all.measure_memory(job, 1, False) == 3 * 70 * 4
 
 
+def test_the_table_of_memory_has_a_column_without_checkpointing_and_one_with_it(monkeypatch, capsys):
+    monkeypatch.setattr(train_all, "measure_memory", lambda job, num_layers, on: num_layers * (1e6 if on else 9e6))
+    train_all.show_memory([DECODER])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "without with decoder_only 2 18.0 MB 2.0 MB decoder_only 12 108.0 MB 12.0 MB" in printed
+
+
 def test_automatic_precision_is_bf16_only_where_the_gpu_supports_it(monkeypatch):
     assert train_all.MIXED_PRECISION == "auto"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -288,12 +307,37 @@ def test_model_flop_utilization_is_6_flops_per_parameter_and_token_over_the_peak
     monkeypatch.setattr(train_all, "WORLD_SIZE", 2)
     one_gpu = 6 * sum(p.numel() for p in model.parameters()) * 1e6 / 989e12
     assert train_all.flops_utilization(DECODER, model, 1e6) == pytest.approx(one_gpu / 2)
+    assert train_all.flops_utilization(TRANSLATOR, model, 1e6) == pytest.approx(one_gpu / 4)  # a token passes one stack
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU of next year")
     assert train_all.flops_utilization(DECODER, model, 1e6) is None
 
 
+def test_peak_flops_are_those_without_sparsity_half_of_what_data_sheets_print_first():
+    for name, sparse in {"A100": 624e12, "H100": 1979e12, "H200": 1979e12, "B200": 4500e12}.items():
+        assert train_all.PEAK_FLOPS[name] == pytest.approx(sparse / 2, rel=1e-3)
+
+
+def test_tokens_are_counted_in_source_and_target_without_padding_and_seconds_in_steps_alone(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(train_all.time, "perf_counter", lambda: next(clock))  # read once before and once after a step
+    monkeypatch.setattr(encoder_decoder, "evaluate", lambda model, loader: {"exact_match": 0.5, "loss": 1.0})
+    examples = [toy_dataset.encoder_decoder_example(number) for number in toy_dataset.make_splits().train]
+    expected = 2 * sum(len(example["source"]) + len(example["target"]) for example in examples)
+    state = train_all.train_one(TRANSLATOR)
+    assert state["tokens"] == expected and state["seconds"] == state["step"] == 14
+
+
+def test_the_plan_estimates_the_steps_that_remain(monkeypatch, capsys):
+    train_and_stop(DECODER, monkeypatch, step=5)
+    monkeypatch.setattr(train_all, "time_a_step", lambda job: 20.0)
+    train_all.show_plan([DECODER])
+    printed = capsys.readouterr().out
+    assert "batch size 16, micro-batch size 4" in printed  # MICRO_BATCH_SIZE = 5 allows four equal parts
+    assert re.search(r"decoder_only +[\d,]+ +14 +5 +3.0 min +random weights", printed)
+
+
 def test_the_estimated_time_of_a_step_is_that_of_the_jobs_model_times_its_micro_batches(monkeypatch):
-    times, models = iter([100.0, 107.0]), []
+    models = []
 
     def add_gradient(job, model, batch):
         models.append(model)
@@ -301,7 +345,8 @@ def test_the_estimated_time_of_a_step_is_that_of_the_jobs_model_times_its_micro_
         return torch.tensor(0.0), torch.tensor(1)
 
     monkeypatch.setattr(train_all, "add_gradient", add_gradient)
-    monkeypatch.setattr(train_all.time, "perf_counter", lambda: next(times))
+    # The first pass, which includes what happens only once, is not part of the time.
+    monkeypatch.setattr(train_all.time, "perf_counter", lambda: {1: 100.0, 2: 107.0}[len(models)])
     assert train_all.time_a_step(DECODER) == pytest.approx(7.0 * 16 / 5)
     assert len(models) == 2 and models[0].constants["D_MODEL"] == TINY["d_model"]
 
@@ -574,6 +619,17 @@ def test_a_nan_loss_stops_the_run_and_leaves_the_last_checkpoint_intact(monkeypa
     assert last(DECODER)["finished"]
 
 
+def test_a_loss_above_ten_times_that_of_guessing_counts_as_divergence_though_it_is_finite():
+    model = decoder_only.build_model(**TINY)
+    optimizer = decoder_only.create_optimizer(model, 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    guessing = math.log(len(toy_dataset.VOCABULARY))
+    train_all.update(DECODER, model, optimizer, torch.tensor([9 * guessing, 1, 0, 0]), step=0)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        train_all.update(DECODER, model, optimizer, torch.tensor([11 * guessing, 1, 0, 0]), step=0)
+
+
 def test_a_learning_rate_of_10_is_stopped_in_one_sentence():
     """Norms and clipping keep it finite: it is stopped because its loss is ten times that of uniform guessing."""
     with pytest.raises(FloatingPointError, match="diverged, the loss is [0-9.e+]+ at step .* LEARNING_RATE = 10"):
@@ -773,6 +829,18 @@ def test_testing_everything_leaves_out_training_and_validation_numbers(monkeypat
     wrong = sum("WRONG" in line for line in job.module.answer(model, list(range(61, 100))))
     row = next(line for line in printed.splitlines() if line.startswith("  encoder_decoder ") and "%" in line)
     assert int(row.split()[-1]) == wrong and row.split()[-2] == f"{1 - wrong / 39:.4%}"
+
+
+def test_the_best_weights_are_tested_and_the_table_shows_what_was_found(monkeypatch, capsys):
+    best, asked = object.__new__(encoder_decoder.EncoderDecoderTransformer), []
+    torch.nn.Module.__init__(best)
+    monkeypatch.setattr(train_all, "load_best", lambda job: best)
+    monkeypatch.setattr(encoder_decoder, "evaluate",
+                        lambda model, _: {"exact_match": 0.75, "mistakes": [3, 5, 8, 9]} if model is best else None)
+    monkeypatch.setattr(encoder_decoder, "answer", lambda model, numbers: asked.extend(numbers) or ["a mistake"])
+    train_all.show_results([TRANSLATOR], [{"step": 14, "seconds": 90.0, "history": [{"exact_match": 1.0}]}])
+    assert re.search(r"encoder_decoder +0 +14 +1.5 min +75.0000% +4\n", capsys.readouterr().out)
+    assert asked == [toy_dataset.make_splits().test[i] for i in (3, 5, 8)]
 
 
 def test_the_first_mistakes_are_shown_with_the_correct_answers(capsys):

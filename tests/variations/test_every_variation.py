@@ -42,3 +42,17 @@ def test_what_has_the_same_name_in_two_variations_is_written_the_same():
                 found[node.name][path.stem] = ast.get_source_segment(text, node)
     assert {name: list(files) for name, files in found.items() if len(set(files.values())) > 1} == {}
     assert {"positional_encodings", "llama"} <= set(found["rotate"])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+def test_two_rows_differ_only_if_their_ranges_do_not_overlap(path):
+    variation = importlib.import_module(f"variations.{path.stem}")
+    low, middle, high = [0.1, 0.2], [0.2, 0.3], [0.25, 0.4]
+    if hasattr(variation, "spread"):
+        assert variation.spread([0.5, 0.25, 0.75]) == "50.0% (25.0 to 75.0)"
+    if hasattr(variation, "differ"):
+        assert [variation.differ(*rows) for rows in [(low, high), (high, low), (low, middle), (middle, high)]] == [
+            True, True, False, False]
+    if hasattr(variation, "relation"):
+        assert [variation.relation(*rows) for rows in [(low, high), (high, low), (low, middle)]] == [
+            "below", "above", "within seed noise of"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
+from tqdm import tqdm
 
 from variations import llama, positional_encodings
 from variations.llama import PARTS, ROWS, LlamaAttention, RMSNorm, SwiGLU, exchange, rotate
@@ -162,6 +163,41 @@ def test_without_biases_no_linear_layer_has_one():
 def test_key_value_heads_that_do_not_divide_the_heads_are_refused():
     with pytest.raises(llama.InputError, match="NUM_KV_HEADS = 3 must divide NUM_HEADS = 4"):
         LlamaAttention(16, 4, 0.0, 3, rotary=False)
+
+
+def test_with_rope_no_position_is_added_and_all_five_have_all_parts():
+    for row, parts in ROWS.items():
+        model = exchange(tiny(decoder_only), parts)
+        assert (model.positional_encoding(torch.arange(5)).abs().sum() == 0) == ("RoPE" in parts), row
+    assert ROWS["all five"] == PARTS and all(ROWS[part] == (part,) for part in PARTS)
+
+
+def test_new_matrices_are_initialized_as_the_bases_own():
+    torch.manual_seed(0)
+    model = exchange(decoder_only.build_model(), PARTS)
+    base = decoder_only.build_model()
+    for name in ("attention.query", "attention.output"):
+        new, old = (m.layers[0].get_submodule(name).weight.std().item() for m in (model, base))
+        assert new == pytest.approx(old, rel=0.1)
+
+
+def test_the_loss_is_that_on_held_out_names_at_half_time_and_at_the_end(monkeypatch):
+    points = [{"loss": 9.0, "validation_loss": loss, "exact_match": exact} for loss, exact in ((2.0, 0.5), (1.0, 0.75))]
+    monkeypatch.setattr(decoder_only, "train", lambda *arguments, **options: [{"loss": 9.0}, *points])
+    found = llama.measure(tqdm(disable=True))["RoPE"]
+    assert (found["half"][0], found["loss"][0], found["exact"][0]) == (2.0, 1.0, 0.75)
+
+
+def test_the_table_and_the_verdict_are_those_of_the_measurements(monkeypatch, capsys):
+    losses = {"base": [3.0, 4.0], "RoPE": [1.0, 2.0], "SwiGLU": [5.0, 6.0]}
+    found = {row: {"parameters": 10, "bytes": 4.0, "half": [8.0, 8.0], "loss": losses.get(row, [2.0, 3.5]),
+                   "exact": [0.25, 0.75]} for row in ROWS}
+    monkeypatch.setattr(llama, "measure", lambda bar: found)
+    monkeypatch.setattr(llama, "milliseconds_per_step", lambda: dict.fromkeys(ROWS, 7.0))
+    llama.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "RoPE 10 4 7 8.000 1.5000 (1.0000 to 2.0000) 50.0% (25.0 to 75.0)" in printed
+    assert "below the base's, beyond seed noise: RoPE; above it: SwiGLU; within seed noise" in printed
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
