@@ -130,7 +130,8 @@ def run_main(request, monkeypatch, capsys, tmp_path):
         for name, value in constants.items():
             monkeypatch.setattr(variation, name, value)
         for module in (encoder_only, decoder_only):
-            monkeypatch.setattr(module, "evaluate", functools.partial(evaluate_held_out, module.evaluate, set(few.train)))
+            watched = functools.partial(evaluate_held_out, module.evaluate, set(few.train))
+            monkeypatch.setattr(module, "evaluate", watched)
         variation.main()
         printed = capsys.readouterr().out
         assert printed.isascii()
