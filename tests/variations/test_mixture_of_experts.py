@@ -1,5 +1,7 @@
 """Mixture of experts: what a slow loop over tokens computes, a router that learns, balance, capacity, and padding."""
 
+from types import SimpleNamespace
+
 import decoder_only
 import pytest
 import torch
@@ -232,6 +234,63 @@ def test_choices_are_counted_under_the_token_that_made_them(batch):
     for layer in counts:
         assert torch.equal(layer.sum(dim=1), torch.bincount(real, minlength=len(decoder_only.VOCABULARY)))
     assert counts[0][decoder_only.SOS_ID].count_nonzero() == 1  # always at position 0, attending to itself alone
+
+
+def test_each_row_has_the_size_the_balancing_and_the_capacity_of_its_name():
+    rows = mixture_of_experts.make_rows()
+    for mixed in ("top-1", "top-2"):
+        active = active_parameters(build(rows[f"dense, active size of {mixed}"], 0))
+        assert active_parameters(build(rows[mixed], 0)) == pytest.approx(active, rel=0.06)  # the router and biases
+    for row, setting in rows.items():
+        assert (setting.balance == 0) == ("not balanced" in row)
+        assert (setting.capacity_factor is not None) == ("capacity" in row)
+
+
+def test_the_facts_depend_on_the_seed_their_order_on_the_epoch_and_only_the_word_is_learned():
+    facts, other = make_facts(0), make_facts(1)
+    assert not torch.equal(facts.test[0]["ids"], other.test[0]["ids"])
+    assert not torch.equal(facts.train[0]["ids"], facts.train[6]["ids"])                # 1500 / 250 steps an epoch
+    assert (facts.test[0]["targets"][:, :-1] == decoder_only.IGNORE).all()
+
+
+def test_names_are_tested_on_the_test_numbers(monkeypatch):
+    monkeypatch.setattr(decoder_only, "create_dataloaders", lambda *_, **__: SimpleNamespace(train=[0], test=[1]))
+    monkeypatch.setattr(decoder_only, "train", lambda *_, **__: None)
+    monkeypatch.setattr(decoder_only, "evaluate", lambda model, loader: {"exact_match": loader[0]})
+    monkeypatch.setattr(mixture_of_experts, "count_choices", lambda model, batch: None)
+    exact, _ = mixture_of_experts.measure_names(mixture_of_experts.make_rows(), None)
+    assert list(exact.values()) == [[1, 1, 1]] * 3
+
+
+def test_the_loss_is_that_of_the_last_steps_and_the_dropped_share_that_of_all(monkeypatch):
+    one, even = torch.eye(8)[:1].expand(8, 8), torch.full((8, 8), 1 / 8)
+    log = [(one, torch.zeros(8, 1, dtype=torch.long), 6)] * 10 + [(even, torch.arange(8)[:, None], 0)] * 10
+    monkeypatch.setattr(decoder_only, "train", lambda model, *_, **__: [m.log.extend(log) for m in mixtures(model)])
+    monkeypatch.setattr(decoder_only, "evaluate", lambda *_: {"exact_match": 0.5})
+    monkeypatch.setattr(mixture_of_experts, "time_steps", lambda *_: {"top-1": 1.0})
+    monkeypatch.setattr(mixture_of_experts, "work_per_token", lambda *_: 1.0)
+    line = mixture_of_experts.measure({"top-1": Setting(16, 1)}, None)["top-1"]
+    assert set(line["balance"]) == {1.0} and sum(line["dropped"]) / len(line["dropped"]) == 6 / 8 / 2
+
+
+def test_the_sentences_on_collapse_follow_from_the_loads(capsys):
+    one, even = torch.eye(8)[0].expand(5, 8), torch.full((5, 8), 1 / 8)
+    loads = {"top-1": (even, even), "top-1, not balanced": (even, one),
+             "top-2": (even, even), "top-2, not balanced": (one, even)}
+    mixture_of_experts.show_loads({row: {"loads": [torch.cat(half)], "balance": [1]} for row, half in loads.items()})
+    late, early = " ".join(capsys.readouterr().out.split()).split("Top-1 without")[1].split("Top-2 without")
+    assert "12.5% of the choices in the first tenth of training and 100.0% in the last" in late
+    assert "0 of 8 experts starve in the first tenth and 7 in the last" in late and late.endswith(": a collapse. ")
+    assert "7 of 8 experts starve in the first tenth and 0 in the last" in early and "training undoes." in early
+    assert "+20.0 points against b (beyond" in mixture_of_experts.compare("a", "b", {"a": [0.8], "b": [0.6]})
+
+
+def test_the_picture_shows_the_first_layer_and_the_last_by_token():
+    choices = torch.ones(2, len(decoder_only.VOCABULARY), 8)
+    choices[1, :, 3] = 9
+    assert mixture_of_experts.predictable(torch.tensor([[[3, 1], [0, 4]]])) == [(7 / 8, 5 / 8)]
+    words, later, *_ = (axes.images[0].get_array() for axes in mixture_of_experts.draw(choices).axes if axes.images)
+    assert words[0, 3] == 1 / 8 and later[0, 3] == 9 / 16
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):

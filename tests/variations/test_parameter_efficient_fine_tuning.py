@@ -1,5 +1,7 @@
 """Parameter-efficient fine-tuning: it starts from the base, trains only what it adds, and leaves the base behind."""
 
+import copy
+
 import decoder_only
 import pytest
 import torch
@@ -123,6 +125,67 @@ def test_the_dialects_need_no_new_words_and_no_two_numbers_share_a_name():
         assert len(set(names)) == len(names)
         assert all(to_ids(list(name)) for name in names[:100])
     assert units_first(["forty"]) == ["forty"] and no_one(["one"]) == ["one"]
+
+
+def test_each_method_trains_or_starts_from_what_its_description_says():
+    assert all(name.endswith("bias") for name in trained_parameters(exchange(tiny(decoder_only), "biases only")))
+    assert all(name.startswith("layers.1.") for name in trained_parameters(exchange(tiny(decoder_only), "last layer")))
+    assert parameter_efficient_fine_tuning.random_words(500, "cpu").min() == to_ids(["zero"])[0]
+    adapter, x = moved("adapters").layers[0].feed_forward, torch.randn(1, 3, 32)
+    h = adapter.inner(x)
+    torch.testing.assert_close(adapter(x), h + adapter.up(torch.nn.functional.gelu(adapter.down(h))))
+
+
+def test_examples_are_training_numbers_drawn_by_the_seed_and_only_their_names_are_learned(monkeypatch):
+    targets = batches_of([42], "units first", 1)[0]["targets"][0].tolist()
+    assert targets == [decoder_only.IGNORE] * 3 + to_ids(["two", "forty", "<EOS>"])
+    monkeypatch.setattr(parameter_efficient_fine_tuning, "batches_of", lambda numbers, *_: set(numbers))
+    first, second = (parameter_efficient_fine_tuning.training_batches("English", seed) for seed in (0, 1))
+    assert first != second and first | second <= set(parameter_efficient_fine_tuning.make_splits().train)
+
+
+def test_the_rate_is_chosen_in_the_dialect_and_on_other_numbers_than_the_tests(monkeypatch):
+    rates, tests = [], set(parameter_efficient_fine_tuning.make_splits().test)
+
+    def exact_match(model, language, numbers):
+        if set(numbers) <= tests:
+            return {"units first": 0.6, "English": 0.3}[language]
+        return 0.9 if (rates[-1], language) == (4e-3, "units first") else 0.1
+
+    for name, value in (("METHODS", ["LoRA"]), ("NUM_TESTS", 5), ("exact_match", exact_match),
+                        ("fine_tune", lambda base, method, rate, *_: rates.append(rate) or copy.deepcopy(base))):
+        monkeypatch.setattr(parameter_efficient_fine_tuning, name, value)
+    row = parameter_efficient_fine_tuning.measure(tiny(decoder_only), None)["LoRA"]
+    assert (row["rate"], row["dialect"], row["English"]) == (4e-3, [0.6] * 3, [0.3] * 3)
+
+
+def test_the_sum_of_two_dialects_adds_both_updates_to_the_weights(monkeypatch):
+    def fine_tune(base, method, *_):
+        model = exchange(copy.deepcopy(base), method)
+        torch.nn.init.normal_(model.layers[0].attention.query.up.weight)
+        return model
+
+    for name, value in (("NUM_TESTS", 5), ("fine_tune", fine_tune), ("exact_match", lambda model, *_: merge(
+            copy.deepcopy(model)).layers[0].attention.query.weight)):
+        monkeypatch.setattr(parameter_efficient_fine_tuning, name, value)
+    table, _ = parameter_efficient_fine_tuning.measure_two(tiny(decoder_only), "LoRA, rank 4", 0.0, None)
+    base, first, second, both = (row["both"] for row in table.values())
+    torch.testing.assert_close(both - base, (first - base) + (second - base))
+
+
+def test_the_conclusions_and_the_picture_follow_from_the_measurements(monkeypatch, capsys):
+    row, figures = {"parameters": 10, "bytes": 40, "rate": 4e-3, "English": [0.5], "out": [0.5]}, []
+    found = {"full fine-tuning": row | {"parameters": 90, "dialect": [0.6, 0.7], "same": [False]},
+             "LoRA, rank 4": row | {"dialect": [0.8, 0.9], "same": [True]}}
+    splits = parameter_efficient_fine_tuning.make_splits()._replace(test=[7, 42, 100, 5])
+    for name, value in (("make_splits", lambda: splits), ("build", lambda bar: None), ("measure", lambda *_: found),
+                        ("measure_two", lambda *_: ({"+ both": {"both": 0.4}}, 1e-5)), ("exact_match", lambda *_: 0.25),
+                        ("save_figure", lambda figure, path: figures.append(figure))):
+        monkeypatch.setattr(parameter_efficient_fine_tuning, name, value)
+    parameter_efficient_fine_tuning.main()
+    printed, lines = " ".join(capsys.readouterr().out.split()), figures[0].axes[0].lines
+    assert "overlap): none. Above it: LoRA, rank 4." in printed and "75.0% of the names are the same" in printed
+    assert [line.get_color() for line in lines[:4:2]] == ["#0072B2", "#E69F00"] and lines[4].get_xdata()[0] == 0.25
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):

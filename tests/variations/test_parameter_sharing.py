@@ -1,11 +1,14 @@
 """Parameter sharing: one module in several places, its gradient the sum over them, its file the size of one."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import decoder_only
 import pytest
 import torch
 from conftest import tiny
+from torch.utils.data import DataLoader
 
 from variations import parameter_sharing
 from variations.parameter_sharing import (
@@ -157,6 +160,46 @@ def test_a_factorized_embedding_starts_with_the_spread_of_the_bases():
 def test_break_even_is_where_both_tables_have_equally_many_parameters():
     for E, C in ((8, 32), (16, 64), (128, 768)):
         assert break_even(E, C) * C == pytest.approx(break_even(E, C) * E + E * C)
+
+
+def test_only_one_row_is_one_layer_deep():
+    depths = {row: len(parameter_sharing.build(row, 0).layers) for row in ROWS}
+    assert depths == dict.fromkeys(ROWS, 4) | {"1 layer": 1}
+
+
+def test_learned_is_the_first_step_whose_last_ten_losses_are_low_on_average():
+    for losses, step in (([1.0, 0.0] * 10 + [0.05] * 10, 29), ([1.0] * 30, math.inf), ([], math.inf)):
+        assert parameter_sharing.steps_until_learned([{"loss": loss} for loss in losses]) == step
+
+
+def test_the_rate_is_chosen_on_validation_numbers_and_exact_match_measured_on_test_numbers(monkeypatch):
+    results = {8e-3: (0.7, 0.9, 30), 1.6e-2: (0.8, 0.6, 20), 3.2e-2: (0.6, 0.7, 10)}
+    monkeypatch.setattr(parameter_sharing, "load_epochs", lambda seed: None)
+    monkeypatch.setattr(parameter_sharing, "train_row", lambda row, rate, *_: results[rate])
+    expected = {"rate": 1.6e-2, "exact": (0.6,) * 3, "steps": (20,) * 3}
+    assert list(parameter_sharing.measure(None).values()) == [expected] * 6
+
+
+def test_each_epoch_has_its_own_order(monkeypatch):
+    train = DataLoader(range(50), 50, shuffle=True)
+    test = SimpleNamespace(collate_fn=list, dataset=SimpleNamespace(examples=[]))
+    monkeypatch.setattr(decoder_only, "create_dataloaders", lambda *_, **__: SimpleNamespace(
+        train=train, test=test, _replace=lambda **changed: changed["train"]))
+    first, second, *_ = parameter_sharing.load_epochs(0)
+    assert set(first.tolist()) == set(second.tolist()) and not torch.equal(first, second)
+
+
+def test_the_sentences_on_size_and_vocabulary_follow_from_the_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(parameter_sharing, "VOCABULARY", range(100))
+    sizes, times = {parameter_sharing.OWN: (1000, 2000, 500)}, {parameter_sharing.OWN: (10.0, 4.0)}
+    sizes[parameter_sharing.SAME], times[parameter_sharing.SAME] = (250, 600, 500), (9.0, 3.0)
+    parameter_sharing.show_sizes(sizes, times)
+    for total in (10_000, 100_000):
+        parameter_sharing.show_factorization(total)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "25% of the parameters, 30% of the bytes, 100% of the products, 90% of the time per training" in printed
+    assert "16 V = 32.0 1,088 (10.9%)" in printed and "only an E below 24.2 saves" in printed  # 3200 - (1600 + 512)
+    assert "by -10.9%" in printed and "vocabulary it pays." in printed and "vocabulary it does not pay." in printed
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):

@@ -1,6 +1,7 @@
 """Positional encodings: each equals a slow definition, and the base's generation, cache and padding work with all."""
 
 import math
+from types import SimpleNamespace
 
 import decoder_only
 import pytest
@@ -163,6 +164,58 @@ def test_invalid_constants_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(positional_encodings, "TEST_PAIRS", (1, 2))
     with pytest.raises(positional_encodings.InputError, match="TEST_PAIRS"):
         positional_encodings.main()
+
+
+def test_only_the_absolute_encodings_add_anything_and_all_layers_share_one_table_of_biases():
+    for encoding in ("none", "RoPE", "ALiBi", "T5 bias"):
+        model = exchange(tiny(decoder_only), encoding)
+        assert not model.positional_encoding(torch.arange(20)).any()
+    first, second = (layer.attention.bias for layer in model.layers)
+    assert first is second and not first.table.weight.any()
+
+
+def test_texts_are_tested_on_the_last_name_of_test_numbers_and_trained_on_all_names_of_others(monkeypatch):
+    asked, splits, example = {False: set(), True: set()}, positional_encodings.make_splits(), {"ids": [], "targets": []}
+    monkeypatch.setattr(positional_encodings, "make_text", lambda texts, only: asked[only].update(texts) or example)
+    positional_encodings.make_texts(0)
+    assert asked[False] and asked[False] <= set(splits.train) and asked[True] and asked[True] <= set(splits.test)
+
+
+def test_rope_is_stretched_before_it_is_trained_further_on_batches_not_yet_seen(monkeypatch):
+    calls = []
+
+    def record(model, loader):
+        attention = model.layers[0].attention
+        calls.append((loader, getattr(attention, "base", None), getattr(attention, "interpolation", None)))
+        return {"exact_match": 0.5}
+
+    for name, value in (("NUM_STEPS", 2), ("TEST_PAIRS", (4,)), ("make_texts", lambda seed: ("abcd", {4: "test"}))):
+        monkeypatch.setattr(positional_encodings, name, value)
+    monkeypatch.setattr(decoder_only, "train", lambda model, splits, *_, **__: record(model, splits.train))
+    monkeypatch.setattr(decoder_only, "evaluate", record)
+    positional_encodings.measure_length(None)
+    base = 1e4 * 4 ** (16 / 14)  # base ** (-14 / 16) is the slowest frequency of 16 dimensions
+    assert {batches for batches, *_ in calls[:12:2]} == {"ab"}
+    assert calls[12:] == [("test", base, 1), ("test", 1e4, 4), ("cd", 1e4, 4), ("test", 1e4, 4), ("cd", 1e4, 1),
+                          ("test", 1e4, 1)]
+
+
+def test_the_tables_and_conclusions_follow_from_the_measurements(monkeypatch, capsys):
+    numbers = SimpleNamespace(validation=SimpleNamespace(dataset=SimpleNamespace(numbers=[10, 20, 5, 6, 7])))
+    wrong = iter([[0, 1, 2]] + [[0, 2]] * 5)  # one encoding also errs on the second number with a zero
+    made_up = dict.fromkeys(ENCODINGS, [0.9, 0.4, 0.2]) | {"ALiBi": [0.8, 0.9, 0.7]}
+    for name, value in (("TEST_PAIRS", (3, 6, 12)), ("SEEDS", (0,)), ("measure_length", lambda bar: made_up),
+                        ("save_figure", lambda *_: None)):
+        monkeypatch.setattr(positional_encodings, name, value)
+    monkeypatch.setattr(decoder_only, "create_dataloaders", lambda *_: numbers)
+    monkeypatch.setattr(decoder_only, "train", lambda *_, **__: None)
+    monkeypatch.setattr(decoder_only, "evaluate", lambda *_: {"mistakes": next(wrong)})
+    positional_encodings.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "ALiBi 80% 90% 70% 80%" in printed and "RoPE 90% 40% 20% 30%" in printed
+    assert "ALiBi is best beyond the trained lengths, 80% correct" in printed and "below 90%" in printed
+    assert "sinusoidal 100.0% (100.0 to 100.0) 33.3%" in printed and "none 50.0% (50.0 to 50.0) 33.3%" in printed
+    assert "with a zero: learned." in printed and "overlap): none, RoPE, ALiBi, T5 bias." in printed
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
