@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import toy_dataset
 from conftest import tiny
 
 from variations import ablations
-from variations.ablations import DECODER_ROWS, RMSNorm, SwiGLUFeedForward
+from variations.ablations import DECODER_ROWS, RMSNorm, Row, SwiGLUFeedForward
 
 PROMPTS = [decoder_only.make_prompt(number) for number in (7, 342, 90210, 123456)]
 IDS = torch.tensor([PROMPTS[3]])
@@ -112,12 +113,41 @@ def test_dropout_acts_in_the_chosen_places_and_nowhere_else():
     ablations.set_dropout(model, weights=0.3)
     assert model.dropout.p == 0 and {layer.dropout.p for layer in model.layers} == {0}
     assert {layer.attention.dropout.p for layer in model.layers} == {0.3}
+    ablations.set_dropout(model, embedding=0.1, branches=0.2)
+    assert model.dropout.p == 0.1 and {layer.dropout.p for layer in model.layers} == {0.2}
 
 
 def test_each_row_is_compared_with_a_base_of_the_same_size_and_data():
     bases = {row.name: row for row in ablations.BASES}
     for row in CHANGED.values():
         assert (row.num_layers, row.num_train) == (bases[row.base].num_layers, bases[row.base].num_train)
+
+
+def test_each_row_gets_its_depth_and_numbers_and_each_seed_its_weights_and_held_out_numbers_decide(monkeypatch):
+    monkeypatch.setattr(toy_dataset, "make_dataloaders", lambda _, size, seed, num_train: toy_dataset.Splits(
+        [("train", num_train, seed)], ("validation", num_train, seed), ("test", num_train, seed)))
+    monkeypatch.setattr(decoder_only, "build_model", lambda num_layers, **_: [num_layers, torch.initial_seed()])
+    monkeypatch.setattr(decoder_only, "train", lambda model, loaders, *_, **__: model.append(loaders.train[0]))
+    monkeypatch.setattr(decoder_only, "evaluate", lambda model, batches: {"exact_match": (*model, batches)})
+    monkeypatch.setattr(ablations, "SEEDS", (5, 6))
+    rows = [Row("base"), Row("deep", num_layers=8), Row("few", num_train=500)]
+    assert ablations.measure(decoder_only, rows, None) == {
+        name: [(depth, seed, ("train", numbers, seed), ("validation", numbers, seed)) for seed in (5, 6)]
+        for name, depth, numbers in [("base", 2, None), ("deep", 8, None), ("few", 2, 500)]}
+
+
+def test_rows_are_sorted_by_their_effect_against_their_own_base_and_those_beyond_seed_noise_are_named(capsys):
+    names = ["base", "base, 8 layers", "SiLU", "no norms", "post-norm, 8 layers", "ReLU"]
+    means = dict(zip(names, (0.50, 0.80, 0.51, 0.10, 0.70, 0.60)))
+    rows = [row for row in DECODER_ROWS if row.name in names]
+    ablations.print_table("TITLE", rows, {name: [mean - 0.01, mean, mean + 0.01] for name, mean in means.items()})
+    printed = capsys.readouterr().out
+    assert [" ".join(line.split()) for line in printed.splitlines()[4:10]] == [
+        "base 50.0% (49.0 to 51.0)", "base, 8 layers 80.0% (79.0 to 81.0)", "ReLU 60.0% (59.0 to 61.0) +10.0",
+        "SiLU 51.0% (50.0 to 52.0) +1.0 within seed noise", "post-norm, 8 layers 70.0% (69.0 to 71.0) -10.0",
+        "no norms 10.0% (9.0 to 11.0) -40.0"]
+    assert ("Better than the base beyond seed noise: ReLU. Worse: post-norm, 8 layers; no norms. (If none of the 4 "
+            "changes had an effect, 0.4 rows would be expected") in " ".join(printed.split())
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):

@@ -1,5 +1,6 @@
 """Byte-pair encoding: the merges of the definition, text that survives any tokenizer, a model that follows it."""
 
+import math
 import random
 from collections import Counter
 
@@ -7,10 +8,12 @@ import decoder_only
 import pytest
 import torch
 from conftest import tiny
-from toy_dataset import EOS_ID, PAD_ID, VOCABULARY, decoder_only_example, make_splits, number_to_words, pad_batch
+from toy_dataset import (EOS_ID, PAD_ID, VOCABULARY, Splits, decoder_only_example, make_splits, number_to_words,
+                         pad_batch)
 
 from variations import byte_pair_encoding
-from variations.byte_pair_encoding import CONTROL, BytePairEncoding, Words, exchange, make_example, merge_pair, written
+from variations.byte_pair_encoding import (CONTROL, BytePairEncoding, Words, draw_batches, exchange, make_example,
+                                           merge_pair, written)
 
 NUMBERS = make_splits().train[:200]
 NAMES = [" ".join(number_to_words(number)) for number in NUMBERS]
@@ -166,6 +169,7 @@ def test_embedding_table_and_output_layer_follow_the_vocabulary_and_the_rest_is_
     base, model = tiny(decoder_only, max_length=byte_pair_encoding.MAX_LENGTH), model_for(tokenizer)
     ids = torch.tensor([make_example(90210, tokenizer)["ids"]])
     assert model(ids).shape == (*ids.shape, len(tokenizer.tokens)) == (*ids.shape, len(model.embedding.weight))
+    assert model.embedding.weight.std().item() == pytest.approx(0.5 / 32 ** 0.5, rel=0.1)
     kept = {name: tensor for name, tensor in model.state_dict().items() if name != "embedding.weight"}
     assert kept.keys() == base.state_dict().keys() - {"embedding.weight"}
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in kept.items())
@@ -206,6 +210,58 @@ def test_the_base_trains_and_evaluates_a_model_with_another_tokenizer():
     assert decoder_only.evaluate(model, [batch])["exact_match"] == 1
     rows = decoder_only.generate(model, [decoder_only.make_prompt(number) for number in (7, 342)], 40)
     assert [written(tokenizer, row) for row in rows] == ["seven", "three hundred forty two"]
+
+
+def test_merges_come_from_the_training_numbers_and_those_that_complete_or_span_words_are_marked(monkeypatch, capsys):
+    monkeypatch.setattr(byte_pair_encoding, "make_splits", lambda: Splits([20, 22], [7], [8]))
+    tokenizers = byte_pair_encoding.train_tokenizers()
+    byte_pair_encoding.print_merges(tokenizers["all 7 merges"], tokenizers["8 across words"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "4 ent+y 2 5 tw+enty* 2 6 _+tw 1 7 _tw+o* 1 7 merges exist" in printed
+    assert "1 of 8 tokens go beyond one word. The first and the last of them: 8 twenty+_two 1" in printed
+
+
+def test_every_pass_shows_every_example_once_in_an_order_that_depends_on_the_seed(monkeypatch):
+    monkeypatch.setattr(byte_pair_encoding, "NUM_STEPS", 4)
+    examples = [{"ids": [i], "targets": [i]} for i in range(8)]
+    orders = [[i for batch in draw_batches(examples, 4, seed) for i in batch["ids"].flatten().tolist()]
+              for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    assert all(sorted(order[:8]) == sorted(order[8:]) == [*range(8)] for order in orders)
+
+
+def test_models_are_tested_on_test_numbers_and_what_they_saw_is_counted_without_padding(monkeypatch):
+    for name, value in dict(NUM_STEPS=2, NAMES_PER_STEP=4, TOKENS_PER_STEP=10, SEEDS=(0,), build=lambda *_: None,
+                            make_splits=lambda: Splits([7, 22], [8], [30]), generate_names=lambda *_: (1, [])).items():
+        monkeypatch.setattr(byte_pair_encoding, name, value)
+    monkeypatch.setattr(decoder_only, "train", lambda *_, **__: None)
+    monkeypatch.setattr(decoder_only, "evaluate", lambda _, batches: {"exact_match": batches, "loss": 3})
+    found = byte_pair_encoding.measure({"words": Words()}, None)["words"]
+    assert found["tokens per name"] == 1
+    for equal, size in [("tokens", 2), ("names", 4)]:  # examples of 4 and 6 tokens
+        [[tested]] = found[equal].pop("exact")
+        assert tested["ids"].tolist() == [decoder_only_example(30)["ids"]]
+        assert {"names": [2 * size], "tokens": [2 * size * 5], "per name": [6]}.items() <= found[equal].items()
+
+
+def test_loss_is_shown_in_bits_per_character_and_the_verdict_names_the_best_and_what_is_level(monkeypatch, capsys):
+    monkeypatch.setattr(byte_pair_encoding, "make_splits", lambda: Splits([], [], [7]))  # seven: 5 characters
+    wrong = [(42, "fifty two"), (7, "sevn"), (3, "ten")]
+    found = {row: {"names": {"exact": [0.1]}, "tokens per name": 1, "wrong": wrong,
+                   "tokens": {"names": [8], "tokens": [9], "seconds": [place], "exact": exact, "per token": [place],
+                              "per name": [5 * math.log(2) * (4 - place)]}}
+             for place, (row, exact) in enumerate([("characters", [0.5, 0.6]), ("16 merges", [0.7, 0.9]),
+                                                   ("words", [0.6, 0.8])], start=1)}
+    byte_pair_encoding.print_results(found, "tokens")
+    byte_pair_encoding.print_mistakes(found)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "16 merges 8 9 2.0 80.0% (70.0 to 90.0) 2.0000 6.931 2.0000 words" in printed
+    assert "Highest exact match: 16 merges; within seed noise of it (the ranges overlap): words. Training" in printed
+    assert ("per token: characters, 16 merges, words. Per name, which is comparable: words, 16 merges, characters."
+            in printed)
+    assert "words 3 1 7: sevn" in printed
+    lines = byte_pair_encoding.draw(found).axes[0].lines  # two for each row, and one for the legend
+    assert [list(lines[i].get_ydata()) for i in (0, 7)] == [[0.5, 0.6], [0.1, 0.1]]
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):

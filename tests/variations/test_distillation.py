@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny
-from toy_dataset import (IGNORE, MAX_DIGITS, PAD_ID, decoder_only_example, make_splits, number_to_words, pad_batch,
-                         to_ids)
+from toy_dataset import (IGNORE, MAX_DIGITS, PAD_ID, VOCABULARY, Splits, decoder_only_example, make_splits,
+                         number_to_words, pad_batch, to_ids)
 from tqdm import tqdm
 
 from variations import distillation
@@ -17,6 +17,7 @@ from variations.distillation import (
     answered_example,
     ask_teacher,
     distillation_loss,
+    half_labeled,
     labeled_examples,
     soft_loss,
     train_student,
@@ -112,7 +113,7 @@ def test_with_labels_the_loss_is_the_weighted_mean_of_both(monkeypatch):
 
 
 def test_the_teachers_logits_are_those_of_each_text_alone_and_carry_no_gradient():
-    teacher = tiny(decoder_only)
+    teacher = tiny(decoder_only, dropout=0.5)
     data = add_teacher_logits(teacher.train(), pad_batch(labeled_examples(NUMBERS)))
     assert not data["teacher"].requires_grad
     for row, number in enumerate(NUMBERS):
@@ -139,6 +140,7 @@ def test_unlabeled_numbers_are_in_no_split_and_all_are_different():
     numbers = unlabeled_numbers()
     assert len(set(numbers)) == len(numbers) == distillation.NUM_UNLABELED
     assert set(numbers).isdisjoint(set().union(*make_splits())) and max(numbers) < 10 ** MAX_DIGITS
+    assert sum(number < 100_000 for number in numbers) == len(numbers) / 2  # as many of five digits as of six
 
 
 def test_no_row_trains_on_a_number_that_it_is_tested_or_chosen_on(monkeypatch):
@@ -163,6 +165,62 @@ def test_a_student_trains_and_the_same_seed_gives_the_same_student(monkeypatch):
     torch.manual_seed(0)
     untrained = decoder_only.build_model(**distillation.STUDENT)
     assert distillation_loss(students[0], data, 4) < 0.7 * distillation_loss(untrained, data, 4)
+
+
+def test_without_a_teacher_a_student_is_trained_as_the_base_is(monkeypatch):
+    monkeypatch.setattr(distillation, "BATCH_SIZE", 4)
+    monkeypatch.setattr(distillation, "NUM_STEPS", 10)
+    data, bar = pad_batch(labeled_examples(range(40))), tqdm(disable=True)
+    student = train_student(data, None, 1e-2, 0, bar)
+    torch.manual_seed(0)
+    base = decoder_only.build_model(**distillation.STUDENT)
+    batches = [{name: tensor[rows] for name, tensor in data.items()} for rows in torch.randperm(40).split(4)]
+    decoder_only.train(base, Splits(batches, [], []), 1, 1e-2, num_evaluations=0, progress=bar)
+    torch.testing.assert_close(student.embedding.weight, base.embedding.weight)
+
+
+def test_each_row_has_its_examples_and_temperature_and_the_labeled_ones_are_repeated(monkeypatch):
+    labeled, others = labeled_examples([7, 8]), labeled_examples(range(300, 305))
+    assert torch.equal(half_labeled(labeled, others)["ids"], pad_batch(2 * labeled + others)["ids"])
+    monkeypatch.setattr(distillation, "half_labeled", lambda labeled, others: others)
+    monkeypatch.setattr(distillation, "make_splits", lambda: Splits(list(range(1000)), [], []))
+    rows, again = (distillation.build_data(tiny(decoder_only), ["answered"], ["true"], seed) for seed in (0, 1))
+    assert (rows[distillation.ANSWERS][0], rows[distillation.TRUTH][0]) == (["answered"], ["true"])
+    assert {rows[name][1]: name for name in distillation.SOFT.values()} == distillation.SOFT
+    assert not torch.equal(rows[distillation.LABELS][0]["ids"], again[distillation.LABELS][0]["ids"])
+
+
+def test_validation_numbers_choose_the_learning_rate_and_test_numbers_are_reported(monkeypatch):
+    quality = {"validation": [0, 0.1, 0.7, 0.4], "test": [0, 0.2, 0.3, 0.9]}
+    for name, value in dict(LEARNING_RATES=(1, 2, 3), SEEDS=(5, 6), build_data=lambda *_: {"row": ("data", None)},
+                            make_splits=lambda: Splits("train", "validation", "test"),
+                            train_student=lambda data, temperature, *rate_and_seed: rate_and_seed[:2],
+                            share_correct=lambda student, split: quality[split][student[0]] + student[1]).items():
+        monkeypatch.setattr(distillation, name, value)
+    assert distillation.measure(None, [], [], None) == {"row": {"rate": 2, "exact": [5.3, 6.3], "student": (2, 5)}}
+
+
+def test_the_conclusions_are_those_of_the_measurements(monkeypatch, capsys):
+    rows = (distillation.LABELS, *distillation.SOFT.values(), distillation.ANSWERS, distillation.TRUTH,
+            distillation.ALL_LABELS)
+    exact = ([0.4, 0.5], [0.1, 0.2], [0.45, 0.6], [0.6, 0.7], [0.65, 0.75], [0.8, 0.9])
+    found = {row: {"rate": 0, "exact": values, "student": tiny(decoder_only)} for row, values in zip(rows, exact)}
+    for name, value in dict(build=lambda _: tiny(decoder_only), unlabeled_numbers=lambda: NUMBERS,
+                            measure=lambda *_: found, ask_teacher=lambda *_: labeled_examples([*NUMBERS[:3], 8]),
+                            share_correct=lambda *_: 0.95, time_names=lambda _: {"teacher": 4, "student": 1},
+                            save_figure=lambda *_: None).items():
+        monkeypatch.setattr(distillation, name, value)
+    distillation.main()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "T = 1: exact match is below that of labels alone." in printed
+    assert "25.00% of them wrong: exact match is above that of labels alone (+20.0 points), and within" in printed
+    assert "true names for the same numbers (+25.0 points). Here distillation pays." in printed
+    assert "no teacher, exact match is above that with its answers." in printed
+
+
+def test_at_a_high_temperature_the_teacher_gives_every_token_the_same_probability():
+    found = distillation.probability_of_labels(tiny(decoder_only), 1e6)
+    assert found == pytest.approx(1 / len(VOCABULARY), rel=1e-3)
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
