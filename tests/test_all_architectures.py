@@ -568,6 +568,20 @@ def test_an_answer_counts_as_correct_only_if_every_target_is_predicted(module, m
     assert found["mistakes"] == [1, 2, 4, 5] and found["exact_match"] == pytest.approx(1 / 3)
 
 
+def test_one_wrong_token_anywhere_in_the_answer_is_a_mistake_a_missing_end_too(module, monkeypatch):
+    batch = toy_dataset.pad_batch([EXAMPLE[module](342)])
+    targets = batch["targets"] if "targets" in batch else batch["ids"].masked_fill(batch["ids"] < 6, IGNORE)
+    answer = (targets[0] != IGNORE).nonzero().flatten().tolist()
+    if module is decoder_only:
+        answer = [t for t in answer if t >= batch["ids"][0].tolist().index(toy_dataset.SEP_ID)]
+    for wrong in answer:
+        guesses = targets.clamp(min=0)
+        guesses[0, wrong] += 1
+        logits = 9.0 * F.one_hot(guesses, len(toy_dataset.VOCABULARY) + 1).float()
+        monkeypatch.setattr(module, "predict", lambda *_, logits=logits: (logits, targets))
+        assert module.evaluate(tiny(module), [batch])["mistakes"] == [0]
+
+
 def test_the_loss_of_an_evaluation_weights_all_targets_equally(module):
     model, parts = tiny(module), fixed_batches(module, 3, 17)
     sums, numbers = zip(*(module.compute_loss(model, batch) for batch in parts))
@@ -788,10 +802,11 @@ def test_text_ends_at_eos_or_at_the_limit(module):
 @GENERATORS
 def test_strategies_are_compared_on_held_out_numbers(module, monkeypatch, capsys):
     """A model that names every number, and generates one and the same text unconditionally."""
-    asked = set()
+    asked, calls = set(), []
 
-    def generate(model, prompts, *_, **__):
+    def generate(model, prompts, *_, **settings):
         texts = []
+        calls.append(settings)
         for prompt in prompts:
             digits = "".join(token for token in toy_dataset.to_tokens(prompt) if token.isdigit())
             asked.update([int(digits)] if digits else [])
@@ -803,8 +818,13 @@ def test_strategies_are_compared_on_held_out_numbers(module, monkeypatch, capsys
     if module is encoder_decoder:
         monkeypatch.setattr(module, "beam_search", lambda *arguments: (generate(*arguments)[:, None], None))
     module.show_strategies(tiny(module))
-    rows = [re.findall(r"[\d.]+%", line) for line in capsys.readouterr().out.splitlines() if "%" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    rows = [re.findall(r"[\d.]+%", line) for line in lines]
     expected = ["100.0%", "0.2%", "100.0%"] if module is decoder_only else ["100.0%"]
+    used = dict(zip((line[2:24].strip() for line in lines), calls[::len(calls) // len(lines)]))
+    for name, settings in {"greedy": {"temperature": 0.0}, "temperature 1.5": {"temperature": 1.5},
+                           "top-p 0.9": {"temperature": 1.0, "top_p": 0.9}}.items():
+        assert settings.items() <= used[name].items()
     assert len(rows) >= 6 and all(row == expected for row in rows)
     assert len(asked) == 500 and asked <= set(toy_dataset.make_splits().test)
 

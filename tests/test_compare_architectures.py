@@ -257,6 +257,27 @@ def test_the_nine_cells_are_all_pairs_and_each_architecture_has_one_native_task(
     assert native == [("encoder_only", "understand"), ("encoder_decoder", "transform"), ("decoder_only", "generate")]
 
 
+def test_learning_rates_are_chosen_on_validation_numbers_with_a_seed_that_is_used_nowhere_else(monkeypatch):
+    seeds, splits = set(), []
+    monkeypatch.setattr(compare, "train_cell", lambda cell, seed, bar, rate: (seeds.add(seed), []))
+    monkeypatch.setattr(compare, "measure_cell", lambda cell, model, seed, split="test": splits.append(split) or
+                        {"sequence_accuracy": 1.0})
+    compare.search_learning_rates()
+    assert splits == ["validation"] * 30 and seeds and not seeds & set(compare.SEEDS)
+
+
+def test_strategies_and_searches_are_measured_with_the_models_they_are_named_for(monkeypatch):
+    monkeypatch.setattr(compare, "run_cell", lambda cell, bar: ({}, [cell.name]))
+    monkeypatch.setattr(compare, "train_cell", lambda cell, *settings: ((cell.name, settings[0], *settings[2:]), []))
+    monkeypatch.setattr(compare, "time_cells", lambda cells, models: [{} for _ in cells])
+    for name in ("measure_strategies", "compare_beam", "build_wall", "time_cache"):
+        monkeypatch.setattr(compare, name, lambda *models: models)
+    found, name = compare.compare(), "encoder-decoder, transform"
+    assert found["strategies"] == (["decoder-only, generate"],)
+    undertrained = [(name, seed, 1, compare.UNDERTRAINED) for seed in compare.SEEDS]
+    assert found["beam"] == ({"trained": [name], "undertrained": undertrained},)
+
+
 # --- examples and answers ---
 
 
@@ -386,12 +407,20 @@ def test_a_strategy_applies_what_its_name_says_to_naming_and_to_sampling(strateg
     monkeypatch.setattr(decoder_only, "generate", recorder)
     monkeypatch.setattr(compare, "STRATEGIES", {strategy: compare.STRATEGIES[strategy]})
     monkeypatch.setattr(compare, "time_interleaved", lambda calls: dict.fromkeys(calls, 1.0))
-    compare.measure_strategies([None, None])
+    assert compare.measure_strategies([None, None])[0]["ms_per_answer"] == 0.01  # 1 ms for 100 answers
     expected = {"temperature": 0.0, "top_k": None, "top_p": None, "repetition_penalty": 1.0}
     if kind:
         expected |= {"temperature": 0.0 if "penalty" in kind else 1.0}
         expected |= {kind.replace("-", "_").replace(" ", "_"): int(value) if kind == "top-k" else float(value)}
     assert recorder.calls == [expected] * 4  # two models, each naming and sampling
+
+
+@pytest.mark.parametrize("name", GENERATE[1:])
+def test_unconditional_samples_are_drawn_with_temperature_1_and_top_p(name, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(BY_NAME[name].module, "generate", recorder)
+    BY_NAME[name].answer(None, range(3))
+    assert compare.SAMPLING.items() <= recorder.calls[0].items() and compare.SAMPLING["top_p"] == compare.TOP_P
 
 
 # --- measuring ---
@@ -588,17 +617,19 @@ def findings(understand=(1.0, 1.0, 1.0, 1.0), gain=0.0) -> dict:
     """Made-up measurements, in the form that compare() returns."""
     def entry(cell, accuracy):
         return {"name": cell.name, "architecture": cell.module.__name__, "task": cell.task, "ms_per_answer": 1.0,
-                "by_seed": {"sequence_accuracy": [accuracy, accuracy]}, "parameters": 1 + len(cell.module.__name__)}
+                "by_seed": {"sequence_accuracy": [accuracy, accuracy]}, "parameters": 1 + len(cell.module.__name__),
+                "native": cell.native, "train_seconds": 7.0, "forward_passes": 3.0}
 
     accuracies = [*understand[:3], *[0.9] * 6]
     cells = [entry(cell, accuracy) for cell, accuracy in zip(compare.CELLS, accuracies)]
-    beam = [{"model": model, "method": method, "exact": 0.5, "by_seed": {"exact": exact}, "ms_per_answer": ms}
+    beam = [{"model": model, "method": method, "ms_per_answer": ms, "exact": sum(exact) / 2,
+             "by_seed": {"exact": exact}}
             for model in ("trained", "undertrained")
             for method, exact, ms in (("greedy", [0.3, 0.7], 1.0), ("beam width 5", [0.3 + gain, 0.7 + gain], 4.0))]
     strategies = [{"strategy": name, "by_seed": {"named": [0.9, 0.9], "new": [0.8, 0.8]}, "ms_per_answer": 1.0}
                   for name in compare.STRATEGIES]
     return {"cells": cells, "after_reading": entry(compare.AFTER_READING, understand[3]), "strategies": strategies,
-            "beam": beam, "wall": {"ceiling": 0.3, "causal": 0.3, "after_reading": 1.0},
+            "beam": beam, "wall": {"ceiling": 0.3, "causal": 0.2, "after_reading": 1.0},
             "kv_cache": {"lengths": [1, 2], "cached_ms": [1.0, 1.0], "recomputed_ms": [1.0, 4.0]}}
 
 
@@ -609,6 +640,7 @@ def test_the_table_of_the_guide_has_each_cell_and_strategy_once_and_one_best_cho
     assert len(best) == 5 and set(best.values()) == {1}
     assert [row[1] for row in table[:4]] == ["encoder-only", "decoder-only", "encoder-decoder",
                                              "decoder-only after reading"]
+    assert [row[2] for row in table[-10:]] == [[0.9, 0.9]] * 5 + [[0.8, 0.8]] * 5  # named, new
 
 
 def test_verdicts_follow_the_measurements():
@@ -625,6 +657,29 @@ def test_beam_search_is_judged_by_its_gain_with_each_seed_not_by_the_spread_betw
     sentences = compare.guide_sentences(findings(gain=gain))
     assert len(sentences) == 5
     assert all(verdict in sentence and "4.0 times the cost" in sentence for sentence in sentences[1:3])
+    assert all(f"({50 + 100 * gain:.1f}% exact, greedy 50.0%)" in sentence for sentence in sentences[1:3])
+
+
+def test_sentences_and_tables_have_each_number_in_its_place(capsys):
+    found = findings()
+    wall, _, _, cache, memory = compare.guide_sentences(found)
+    assert "30.0% of the digits correctly. Decoder-only measured 20.0%; after reading all, 100.0%." in wall
+    assert "after 2 tokens the next one takes 1.00 ms, and 4.00 ms without the cache" in cache and "1.2 times" in memory
+    for row in [*found["strategies"], *found["beam"]]:
+        row |= {"distinct": 0.1, "valid": 0.2, "log_probability": -1.5, "likelier": 0.6, "less_likely": 0.7}
+    found["wall"] |= {"bidirectional": 0.4, "encoder_decoder": 0.5}
+    found["wall"]["by_position"] = {name: [share / 2] for name, share in found["wall"].items()}
+    found["kv_cache"]["cache_kilobytes"] = [8.0, 9.0]
+    compare.show_measurements(found)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in ("encoder-only, understand * 100.00 100.00-100.00 13 7.00 1.00 3.00",
+                 "optimal causal tagger (expected) 30.0 15.0", "decoder-only, while reading 20.0 10.0",
+                 "decoder-only, after reading 100.0 50.0", "encoder-only 40.0 20.0", "encoder-decoder 50.0 25.0",
+                 "named range distinct valid new range ms",
+                 "greedy 90.00 90.00-90.00 10.00 20.00 80.00 80.00-80.00 1.00",
+                 "exact range log-p likelier less ms", "trained, greedy 50.00 30.00-70.00 -1.5000 60.00 70.00 1.00",
+                 "cached recomputed ratio cache-kB", "2 tokens 1.00 4.00 4.00 9"):
+        assert line in lines, line
 
 
 # --- the script ---

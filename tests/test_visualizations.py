@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.colors
 import matplotlib.image
 import pytest
 import torch
@@ -183,7 +184,7 @@ def test_the_similarity_of_two_positions_depends_on_their_distance_alone_and_is_
     assert f"{from_16[17]:.2f} at distance 1, {from_16[0]:.2f} at distance 16" in title
 
 
-def test_the_masks_hide_padding_and_the_future():
+def test_the_masks_hide_padding_and_the_future(figures):
     masks = visualizations.example_masks()
     drawn = {name: ["".join("#" if cell else "." for cell in row) for row in mask.tolist()]
              for name, (mask, _, _) in masks.items()}
@@ -194,6 +195,13 @@ def test_the_masks_hide_padding_and_the_future():
         "cross-attention": ["###."] * 5,
     }
     assert masks["cross-attention"][1:] == (["<SOS>", "forty", "two", "<PAD>", "<PAD>"], ["4", "2", "<EOS>", "<PAD>"])
+    for axes, (name, (mask, _, _)) in zip(figures["masks"].axes, masks.items()):
+        assert axes._left_title.get_text() == name and axes.yaxis_inverted()  # the first row on top
+        assert torch.equal(torch.tensor(axes.collections[0].get_array()) > 0, mask)
+
+
+def labels_on(axis) -> list[str]:
+    return [" ".join(label.get_text().split()) for label in axis.get_ticklabels()]
 
 
 def test_the_largest_weight_grows_toward_1_only_without_the_scale():
@@ -210,6 +218,7 @@ def test_a_line_is_labeled_with_what_it_shows():
     figure = visualizations.draw_softmax_scaling([4, 16], [0.5, 0.9], [0.2, 0.25])
     assert lines_of(figure.axes[0]) == {"softmax(q k)": [0.5, 0.9], "softmax(q k / sqrt(d_k))": [0.2, 0.25]}
     assert "90% without 1/sqrt(d_k), 25% with it" in " ".join(figure.get_suptitle().split())
+    assert set(figure.axes[0].lines[-1].get_ydata()) == {1 / visualizations.NUM_KEYS}  # all keys equal
     cache = {"lengths": [8, 64], "cached_ms": [1.0, 2.0], "recomputed_ms": [3.0, 40.0]}
     figure = visualizations.draw_kv_cache({"kv_cache": cache})
     assert lines_of(figure.axes[0]) == {"with the KV cache": [1.0, 2.0], "without cache (recomputed)": [3.0, 40.0]}
@@ -249,6 +258,16 @@ def test_every_parameter_is_counted_once_and_the_diagram_shows_the_same_numbers(
     labels = texts_in(visualizations.draw_model_complexity(models))
     share = visualizations.percent(counts["feed-forward"] / sum(counts.values()))
     assert f"{counts['feed-forward']:,} ({share})" in labels and f"{sum(counts.values()):,}" in labels
+
+
+def test_each_bar_of_the_parameter_counts_belongs_to_the_model_and_component_beside_it(figures, models):
+    axes = figures["model_complexity"].axes[0]
+    for bars, (name, color) in zip(axes.containers, visualizations.COLORS.items()):
+        counts = compare_architectures.count_parameters(models[name])
+        counts["total"] = sum(counts.values())
+        assert [bar.get_width() for bar in bars] == [counts[label] for label in labels_on(axes.yaxis)]
+        assert bars.get_label() == visualizations.NAMES[name]
+        assert matplotlib.colors.same_color(bars[0].get_facecolor(), color)
 
 
 def texts_in(figure) -> list[str]:
@@ -352,6 +371,8 @@ def test_cross_attention_is_that_shown_by_the_models_own_file(models, trained):
     # ninety {9 0}, thousand {9 0}, two {2}, hundred {2}, ten {1 0}; <EOS> has no digits
     boxes = {(0, 0), (0, 1), (1, 0), (1, 1), (2, 2), (3, 2), (4, 3), (4, 4)}
     assert boxed_cells(figure.axes[0]) == boxes
+    shown = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
+    assert shown == {(j + 0.5, i + 0.5): f"{own[i, j]:.0%}" for i in range(own.size(0)) for j in range(own.size(1))}
     share = sum(own[cell].item() for cell in boxes) / 5
     assert f"puts {visualizations.percent(share)} of its weight" in " ".join(figure.get_suptitle().split())
     assert "Uniform attention: 27%" in " ".join(figure.get_supxlabel().split())  # 8 boxes / 5 rows / 6 columns
@@ -410,6 +431,10 @@ def test_each_panel_of_the_strategies_holds_all_of_the_probability_and_an_outlin
         assert axes._left_title.get_text() == name and len(widths) == 16
         assert [sum(widths[:8]), sum(widths[8:])] == pytest.approx([1, 1], abs=1e-5)
         assert widths[0] == pytest.approx(probabilities.max().item()) and widths[8:15] == pytest.approx(own)
+    words = toy_dataset.to_tokens(found["temperature 1"].topk(7).indices.tolist())
+    labels = figure.axes[0].get_yticklabels()
+    assert labels_on(figure.axes[0].yaxis) == [*words, "all others"] and figure.axes[0].yaxis_inverted()
+    assert {label.get_text() for label in labels if label.get_fontweight() == "bold"} == {"ten"} & set(words)
     kept = (found["top-p 0.9"] > 0).sum().item()
     assert f"3 candidates and top-p 0.9 leaves {kept}" in " ".join(figure.get_suptitle().split())
 
@@ -428,7 +453,7 @@ def test_pca_finds_the_directions_of_planted_data():
     assert (points.gather(0, points.abs().argmax(dim=0, keepdim=True)) > 0).all()  # the sign convention
 
 
-def test_the_word_map_sees_planted_kinds_and_reports_when_there_are_none(models):
+def test_the_word_map_sees_planted_kinds_and_reports_when_there_are_none(models, figures):
     model = decoder_only.build_model(**TINY).cpu()
     for i, words in enumerate(visualizations.WORD_KINDS.values()):
         model.embedding.weight.data[to_ids(words), i] += 5
@@ -444,6 +469,10 @@ def test_the_word_map_sees_planted_kinds_and_reports_when_there_are_none(models)
     vectors = models["decoder_only"].embedding.weight[to_ids(words)]
     kinds = torch.tensor([0] * 9 + [1] * 10 + [2] * 8)
     assert visualizations.share_beside_own_kind(vectors, kinds) < 0.7
+    plane, full = (visualizations.percent(visualizations.share_beside_own_kind(x, kinds))
+                   for x in (visualizations.principal_components(vectors)[0], vectors))
+    title = " ".join(figures["token_embeddings"].get_suptitle().split())
+    assert plane != full and title.startswith(f"{plane} of") and f"{full} in all" in title
 
 
 def test_the_nearest_neighbor_is_another_word():
@@ -481,6 +510,10 @@ def test_influence_is_exactly_0_where_the_masks_leave_no_path_and_nowhere_else(m
     assert (both[2][:, :4] > 0).all() and torch.equal(both[2][:, 4:] > 0, torch.ones(4, 4).tril().bool())
     hatched = [sum(bool(patch.get_hatch()) for patch in axes.patches) for axes in figures["influence"].axes[:3]]
     assert hatched == [0, 28, 6]
+    for axes, (_, _, norms) in zip(figures["influence"].axes, (encoder, decoder, both)):
+        shown = torch.tensor(axes.collections[0].get_array())
+        torch.testing.assert_close(shown, norms / norms.amax(dim=1, keepdim=True))
+    assert set(figures["influence"].axes[2].lines[0].get_xdata()) == {4}  # after <EOS>
     assert "decoder-only 28 of 28 cells, encoder-only 0 of 36" in " ".join(figures["influence"].get_suptitle().split())
 
 
@@ -530,6 +563,7 @@ def test_the_tree_marks_both_searches_and_where_one_overtakes_the_other(monkeypa
     example = {"number": 7, "greedy": ("a", "c", "<EOS>"), "beam": ("b", "c", "<EOS>"), "steps": steps, "ratio": 3.0,
                "behind": 1}
     monkeypatch.setattr(visualizations, "compare_searches", lambda *_: (example, [0.25, 0.5]))
+    monkeypatch.setattr(visualizations, "number_to_words", lambda _: ["b", "c"])
     figure = visualizations.draw_beam_search_tree(visualizations.Trained(None, 0.5, ""), [7, 8])
     axes = figure.axes[0]
     assert (" ".join(figure.get_suptitle().split()) == "For 7, beam search's text overtakes greedy search's in step 2 "
@@ -541,9 +575,9 @@ def test_the_tree_marks_both_searches_and_where_one_overtakes_the_other(monkeypa
     assert boxes["b\n40%"].get_position() == (1, 1) and boxes["c\n39%"].get_position() == (2, 0)  # row 0 is on top
     colors = {line.get_label(): line.get_color() for line in axes.lines}
     assert [label for label in colors if not label.startswith("_")] == [
-        "beam search (wrong)", "greedy (wrong)", "also kept"]  # 7 is "seven"
+        "beam search (correct)", "greedy (wrong)", "also kept"]
     paths = {(tuple(line.get_xdata()), tuple(line.get_ydata())): line.get_color() for line in axes.lines}
-    assert paths[(0, 1), (0, 1)] == paths[(1, 2), (1, 0)] == paths[(2, 3), (0, 0)] == colors["beam search (wrong)"]
+    assert paths[(0, 1), (0, 1)] == paths[(1, 2), (1, 0)] == paths[(2, 3), (0, 0)] == colors["beam search (correct)"]
     assert paths[(0, 1), (0, 0)] == paths[(1, 2), (0, 1)] == colors["greedy (wrong)"]
 
 
@@ -574,6 +608,8 @@ def test_training_curves_circle_where_99_percent_is_kept_and_name_who_never_reac
     circles = {line.get_color(): line.get_xdata()[0] for line in figure.axes[1].lines if len(line.get_xdata()) == 1}
     assert circles == dict(zip(visualizations.COLORS.values(), (6, 4, 8)))
     assert [text.get_text() for text in figure.axes[1].texts] == ["6", "4", "8"]
+    curves = {line.get_color(): list(line.get_ydata()) for line in figure.axes[1].lines if len(line.get_ydata()) == 4}
+    assert [curves[color][1] for color in visualizations.COLORS.values()] == [0.7, 0.99, 0.3]
     figure = draw((1.0, 0.7, 1.0, 0.9), (0.2, 0.99, 1.0, 1.0), (0.2, 0.3, 0.4, 0.5))
     title = " ".join(figure.get_suptitle().split())
     assert title == "Held-out exact match does not settle at 99% or more in this run: encoder-only, encoder-decoder"
@@ -588,8 +624,23 @@ def test_what_was_compared_is_drawn_as_it_was_measured(figures):
     assert matrix.count("85.0 to 95.0") == 3 and matrix.count("15.0 to 25.0") == 6
     assert shown["comparison_matrix"].count("12 ms, 12 passes") == 9
     assert all(share in shown["causal_wall"] for share in ("at most 33%", "33.1%", "99.0%", "100.0%", "98.0%"))
-    bars = [bar.get_height() for bar in figures["causal_wall"].axes[0].patches]
-    assert bars == [0.331, 0.99, 1.0, 0.98]
+    axes = figures["causal_wall"].axes[0]
+    bars = dict(zip(labels_on(axes.xaxis), (bar.get_height() for bar in axes.patches)))
+    assert bars == {"decoder-only, while reading": 0.331, "decoder-only, after reading": 0.99, "encoder-only": 1.0,
+                    "encoder- decoder": 0.98}
+    assert set(axes.lines[0].get_ydata()) == {1 / 3}  # the ceiling
+
+
+def test_a_cell_of_the_matrix_stands_at_its_architecture_and_task_and_native_ones_are_framed(comparison):
+    cells = [cell | {"sequence_accuracy": i / 10} for i, cell in enumerate(comparison["cells"])]
+    axes = visualizations.draw_comparison_matrix({"cells": cells}).axes[0]
+    rows, columns = (dict(zip(map(int, axis.get_ticklocs()), labels_on(axis))) for axis in (axes.yaxis, axes.xaxis))
+    shown = {text.get_text(): tuple(map(int, text.get_position())) for text in axes.texts}
+    framed = {(rows[row], columns[column]) for row, column in boxed_cells(axes)}
+    for i, cell in enumerate(cells):
+        column, row = shown[f"{10 * i}.0%"]
+        assert (rows[row], columns[column]) == (visualizations.NAMES[cell["architecture"]], cell["task"])
+        assert ((rows[row], columns[column]) in framed) == cell["native"]
 
 
 def test_a_comparison_is_used_only_if_it_belongs_to_todays_constants(monkeypatch, tmp_path):
@@ -702,12 +753,15 @@ def test_a_user_error_gets_one_sentence(small_copy):
     assert blocked.returncode == 1 and len(blocked.stderr.splitlines()) == 1 and "blocked" in blocked.stderr
 
 
-def test_the_accuracy_in_a_note_is_measured_on_test_numbers(monkeypatch):
-    seen = []
-    monkeypatch.setattr(encoder_only, "load", lambda: encoder_only.build_model(**TINY))
-    monkeypatch.setattr(encoder_only, "evaluate", lambda _, batches: seen.extend(batches) or {"accuracy": 0.5})
-    assert "50% of the masked tokens in 2,000 texts" in visualizations.train_and_measure(encoder_only).note
-    expected = [toy_dataset.masked_lm_example(number)["ids"] for number in toy_dataset.make_splits().test[:2000]]
+@pytest.mark.parametrize("name, what", [("encoder_only", "the masked tokens in 2,000 texts"),
+                                        ("decoder_only", "2,000 names")])
+def test_the_accuracy_in_a_note_is_measured_on_test_numbers(name, what, models, monkeypatch):
+    seen, shares, module = [], {"accuracy": 0.5, "exact_match": 0.5}, MODULES[name]
+    monkeypatch.setattr(module, "load", lambda: models[name])
+    monkeypatch.setattr(module, "evaluate", lambda _, batches: seen.extend(batches) or shares)
+    assert f"50% of {what}" in visualizations.train_and_measure(module).note
+    make_example = visualizations.EXAMPLES[type(models[name])]
+    expected = [make_example(number)["ids"] for number in toy_dataset.make_splits().test[:2000]]
     found = [[token for token in row if token != toy_dataset.PAD_ID] for batch in seen for row in batch["ids"].tolist()]
     assert found == expected
 

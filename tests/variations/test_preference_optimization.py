@@ -147,6 +147,58 @@ def test_pairs_are_chosen_by_reward_or_as_often_as_raters_would(monkeypatch):
     chosen, rejected = preference_optimization.make_pairs(tiny(decoder_only), lambda number: number == 1, noisy=True)
     assert [a + b for a, b in zip(read_numbers(chosen), read_numbers(rejected))] == [3] * 500
     assert read_numbers(chosen).count(1) / 500 == pytest.approx(1 / (1 + math.exp(-1)), abs=0.06)
+    assert len(preference_optimization.make_pairs(tiny(decoder_only), lambda number: False, noisy=True)[0]) == 500
+
+
+def test_both_methods_compare_the_policy_with_the_start_model_on_the_same_texts(monkeypatch):
+    start, policy, pairs = tiny(decoder_only), tiny(decoder_only, 1), (texts_of(7, 8, 9), texts_of(1, 2, 3))
+    monkeypatch.setattr(preference_optimization, "optimize", lambda start, losses, *settings: losses(policy))
+    monkeypatch.setattr(preference_optimization, "BATCH_SIZE", 2)
+    monkeypatch.setattr(preference_optimization, "sample", lambda model, num_texts, generator, whole: pairs[not whole])
+    logs = [[log_probability(model, texts) for texts in pairs] for model in (policy, start)]
+    losses = dpo_loss(*logs[0], *logs[1], 0.3)
+    found = torch.stack(list(preference_optimization.dpo(start, pairs, 0.3, None)))
+    torch.testing.assert_close(found, torch.stack([losses[:2].mean(), losses[2]]))
+    found = next(preference_optimization.rlhf(start, lambda number: number == 7, 0.3, 1, None, whole=True))
+    torch.testing.assert_close(found, rlhf_loss(logs[0][0], logs[1][0], torch.tensor([1.0, 0, 0]).double(), 0.3))
+
+
+def test_reward_and_kl_are_measured_on_texts_of_the_policy(monkeypatch):
+    start, policy, numbers = tiny(decoder_only), tiny(decoder_only, 1), [*range(1000), *[7] * 600]
+    monkeypatch.setattr(preference_optimization, "NUM_SAMPLES", 1600)
+    monkeypatch.setattr(preference_optimization, "sample",
+                        lambda model, *_: texts_of(*numbers if model is policy else [1]))
+    monkeypatch.setattr(preference_optimization, "log_probability",
+                        lambda model, texts: torch.arange(1600.0) * (3 if model is policy else 1))
+    monkeypatch.setattr(decoder_only, "evaluate", lambda model, loader: {"exact_match": 0.5})
+    found = preference_optimization.measure(policy, start, lambda number: number == 7, [])
+    assert found["reward"] == 601 / 1600 and found["kl"] == 1599 and found["distinct"] == 1
+    assert found["kl_error"] == pytest.approx(2 * torch.arange(1600.0).std().item() / 40)
+
+
+def test_each_run_is_shown_beside_the_optimum_for_its_beta_and_its_reward(run_main):
+    """Made up: 2 in 4 numbers contain a 7 at the start, 1 in 4 is divisible by 3; RLHF ends 0.1 below, DPO 0.2."""
+    contains_a_7, drawn = preference_optimization.REWARDS["contains a 7"], []
+
+    def measure(policy, start, reward, names):
+        trained_for, beta, gap = (reward, 1.0, 0) if policy is start else policy
+        assert trained_for is reward
+        best, kl = optimum(0.5 if reward is contains_a_7 else 0.25, beta)
+        return dict(reward=best - gap, reward_error=0, kl=kl, kl_error=0, numbers=[3, 12, 5, 33], distinct=1,
+                    well_formed=1, naming=1)
+
+    printed = " ".join(run_main(
+        preference_optimization, NUM_SAMPLES=4, MAX_DIGITS=3, NUM_EPOCHS=1, D_MODEL=32, measure=measure,
+        sample=lambda *_: texts_of(*[7, 170, 12, 8] * 5), make_pairs=lambda *_, noisy: ([], []),
+        rlhf=lambda start, reward, beta, *_, whole=False: (reward, beta, 0.1),
+        dpo=lambda start, pairs, beta, bar: (contains_a_7, beta, 0.2),
+        draw=lambda rows, mean, draw=preference_optimization.draw: drawn.append(mean) or draw(rows, mean)).split())
+    for name, beta, gap, mean in (("RLHF", 0.3, 0.1, 0.5), ("DPO", 0.1, 0.2, 0.5), ("RLHF", 0.1, 0.1, 0.25)):
+        best, kl = optimum(mean, beta)
+        J = best - beta * kl
+        assert f"{name} {beta} {best - gap:.3f} ({best:.3f}) {kl:.3f} ({kl:.3f}) {J - gap:.3f} ({J:.3f})" in printed
+    assert "0.3: RLHF 0.100, DPO 0.200" in printed and drawn == [0.5]
+    assert "0, 3, 6 and 9 alone are 50.0%" in printed and "Of all other numbers, 50.0% are" in printed
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):

@@ -111,7 +111,8 @@ def test_llm_int8_with_all_features_above_the_threshold_is_the_float_layer():
 
 def test_llm_int8_keeps_an_outlier_from_ruining_the_other_features():
     linear, x = layer(activations="channel")
-    x[:, 5] = 1000
+    x[0, 5] = 1000
+    linear.weight.data[:, 5] *= 100
     expected, errors = F.linear(x, linear.weight, linear.bias), []
     for linear.threshold in (math.inf, 6.0):
         errors.append((linear(x) - expected).abs().max())
@@ -158,6 +159,42 @@ def test_training_with_rounded_weights_moves_the_unrounded_ones():
     optimizer, before = decoder_only.create_optimizer(model), model.layers[0].attention.query.weight.clone()
     losses = [decoder_only.train_step(model, batch, optimizer, 1e-2)[0] for _ in range(15)]
     assert losses[-1] < losses[0] and not torch.equal(model.layers[0].attention.query.weight, before)
+
+
+def test_accuracy_is_measured_on_the_first_held_out_test_numbers(monkeypatch):
+    monkeypatch.setattr(decoder_only, "evaluate", lambda model, loader: {"exact_match": loader.dataset.numbers})
+    found = quantization.accuracy(None, decoder_only.create_dataloaders(8, 0))
+    assert found == quantization.make_splits().test[:quantization.NUM_TESTS]
+
+
+def test_the_worst_error_is_a_share_of_half_a_step():
+    assert 0.95 < quantization.worst_error(exchange(tiny(decoder_only), 8, "channel")) < 1.001
+
+
+def test_each_row_measures_the_model_that_it_names(monkeypatch):
+    def describe(model, loaders):
+        query = model.layers[0].attention.query
+        threshold = query.threshold < math.inf if hasattr(query, "bits") else None
+        return (model.trained, getattr(query, "bits", 32), threshold,
+                model.layers[0].attention_norm.weight[0].item() > 50)
+
+    def train(model, *_, **__):
+        model.trained = getattr(model.layers[0].attention.query, "bits", 32)
+
+    base = tiny(decoder_only)
+    base.trained = None
+    for name, value in {"build": lambda seed, bar: (base, None), "accuracy": describe, "file_size": lambda model: 0,
+                        "generate_with_cache": lambda model: type(model.new_cache()[0]).__name__, "SEEDS": (0,),
+                        "worst_error": lambda model: 0}.items():
+        monkeypatch.setattr(quantization, name, value)
+    monkeypatch.setattr(decoder_only, "train", train)
+    found = quantization.measure(None)
+    assert found["cache"] == {"float32": ["KVCache"], "8 bits": ["QuantizedCache"]}
+    assert found["activations"]["outlier, float32"] == [(None, 32, None, True)]
+    assert found["activations"]["the same with LLM.int8()"] == [(None, 8, True, False)]
+    assert found["repair"][3, "rounded"] == [(None, 3, False, False)]
+    assert found["repair"][3, "trained further, then rounded"] == [(32, 3, False, False)]
+    assert found["repair"][3, "trained further with rounding"] == [(3, 3, False, False)]
 
 
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):

@@ -176,6 +176,42 @@ def test_no_held_out_number_is_trained_on_and_all_lengths_are_equally_frequent()
     assert counts == [500] * 6
 
 
+def test_names_are_tested_on_held_out_numbers_after_training_with_the_rate_of_the_width(monkeypatch):
+    trained, tested = [], []
+    monkeypatch.setattr(scaling_laws.decoder_only, "train", lambda model, loaders, epochs, rate, **_: trained.append(
+        (loaders.train.dataset.numbers, rate)))
+    monkeypatch.setattr(scaling_laws.decoder_only, "evaluate", lambda model, loader: tested.append(
+        loader.dataset.numbers) or {"loss": 0.5})
+    found = [scaling_laws.train_names(d_model, 32, seed, BAR)[1:] for d_model, seed in ((4, 0), (64, 1))]
+    assert found == [(32, 0.5)] * 2 and tested == [scaling_laws.make_splits().validation] * 2
+    assert trained == [(draw_numbers(32, 0), 3.2e-2), (draw_numbers(32, 1), 0.5 / 64)]
+
+
+def test_runs_are_averaged_over_all_seeds_and_the_range_is_that_of_the_seeds():
+    assert scaling_laws.mean_runs([[(1, 2, 3.0)], [(1, 2, 4.0)], [(1, 2, 8.0)]]) == [(1, 2, 5.0)]
+    assert scaling_laws.with_range([2.0, 1.0, 3.0], 1) == "2.0 (1.0 to 3.0)"
+
+
+def test_the_typical_error_is_that_of_the_logarithm():
+    runs = [(N, D, STEEP.loss(N, D) * math.exp(0.1)) for N, D in ((128, 512), (8192, 32768))]
+    variance = statistics.pvariance([math.log(loss) for *_, loss in runs])
+    assert quality(STEEP, runs) == pytest.approx((1 - 0.01 / variance, math.exp(0.1)))
+
+
+def test_the_verdicts_follow_from_made_up_laws_and_losses(monkeypatch, capsys):
+    monkeypatch.setattr(scaling_laws, "NUM_FACTS", 4096)
+    monkeypatch.setattr(scaling_laws, "TAILS", (0.5,))
+    monkeypatch.setattr(scaling_laws, "fit_law", lambda runs, E: STEEP)
+    laws, runs = {0.5: [STEEP._replace(beta=0.2)] * 2}, runs_of(STEEP, *GRIDS[STEEP])
+    better, overlapping = ([(1, 1, [5.0, 5.2]), (2, 1, same), (3, 1, [6.0, 6.2])] for same in ([4.0, 4.2], [4.0, 5.1]))
+    scaling_laws.show_optima(laws, {(0.5, 1e5): better, (0.5, 1e6): overlapping})
+    scaling_laws.show_fits(laws, {0.5: runs}, {0.5: runs})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "5.1000 4.1000 6.1000" in printed and "In 1 of 2 cases" in printed
+    assert "to the power 0.25 (0.25 to 0.25) by the fit, 0.40 in the limit" in printed
+    assert "in the limit 0.50 0.33" in printed
+
+
 SMALL = dict(D_MODELS=(4, 8), NAMES=(32, 64, 128), ROWS=(8, 16, 32), DRAWS=(256, 512, 1024), BUDGETS=(1e5, 1e6),
              SEEDS=(0, 1), NUM_FACTS=4096)
 

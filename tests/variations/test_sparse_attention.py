@@ -90,6 +90,44 @@ def test_equal_views_give_equal_outputs_whatever_the_weights():
     assert (short[7] - long[7]).abs().max() > 1e-3
 
 
+def test_places_are_counted_from_the_right_and_all_lengths_occur():
+    batches = sparse_attention.make_batches(400, seed=0)
+    rows = [[place for place in row if place >= 0] for batch in batches for row in batch["places"].tolist()]
+    assert all(row == list(range(len(row)))[::-1] for row in rows)
+    assert {len(row) for row in rows} == set(range(1, sparse_attention.MAX_DIGITS + 1))
+
+
+def test_random_links_are_as_many_as_asked_for_and_others_for_another_seed():
+    links = [sparse_attention.random_links(18, 8, seed) for seed in (0, 1)]
+    assert all(4 < mask.sum(dim=1).min() and mask.sum(dim=1).max() <= 8 for mask in links)
+    assert not torch.equal(*links)
+
+
+def test_every_model_is_tested_on_texts_that_none_was_trained_on(monkeypatch):
+    trained, tested = [], []
+    monkeypatch.setattr(sparse_attention, "make_batches", lambda num_texts, seed: [(num_texts, seed)])
+    monkeypatch.setattr(encoder_only, "train", lambda model, loaders, *_, **__: trained.extend(loaders.train))
+    monkeypatch.setattr(encoder_only, "evaluate", lambda model, tests: tested.extend(tests) or {"accuracy": 0.5})
+    found = sparse_attention.measure(bar=None)
+    assert not {seed for _, seed in trained} & {seed for _, seed in tested} and len(set(tested)) == 3
+    assert found["window"] == [(ceiling(PATTERNS["window"], 2, 16), 0.5)] * 3 and found["full"] == [(1, 0.5)] * 3
+
+
+def test_each_pattern_is_shown_with_its_own_pairs_reach_and_results(run_main):
+    drawn = []
+    printed = run_main(
+        sparse_attention, LONG=32, measure=lambda bar: {name: [(0.5, 0.48), (0.9, 0.91)] for name in PATTERNS},
+        draw=lambda found, draw=sparse_attention.draw: drawn.append(draw(found)) or drawn[0])
+    shares = [matrix.float().mean().item() for matrix in (
+        window(18, 2), window(32, 2), reach(window(18, 2), 1), reach(window(18, 2), 2))]
+    expected = "{:.0%} {:.1%} {:.0%} {:.0%} 70.0% 69.5% (48.0 to 91.0)".format(*shares)
+    printed = " ".join(printed.split())
+    assert f"window {expected}" in printed and "within 0.5 points" in printed and "its ceiling is 1.0 points" in printed
+    assert drawn[0].get_suptitle().replace("\n", " ").endswith("except with window and window + random")
+    picture, mask = drawn[0].axes[4].images[0].get_array(), PATTERNS["window + random"](18)
+    assert torch.equal(torch.tensor(picture.data), mask.int() + reach(mask, 2).int())
+
+
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
     printed = run_main(sparse_attention, D_MODEL=16, NUM_STEPS=2, BATCH_SIZE=4, NUM_TESTS=8, SEEDS=(0, 1), LONG=32)
     assert all(f"  {pattern} " in printed for pattern in PATTERNS)

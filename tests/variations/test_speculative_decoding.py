@@ -151,6 +151,38 @@ def test_temperature_and_padding_are_those_of_the_base():
     torch.testing.assert_close(p[:, 1:], (logits[:, 1:].double() / 0.5).softmax(-1))
 
 
+def test_the_table_and_the_verdict_are_computed_from_the_counts(capsys):
+    alone = {"k": 0, "tokens": 100, "same": 1}
+    checked = {"tokens": 100, "passes": 40, "examined": 80, "accepted": 60, "overlap": 56.0, "same": 1}
+    rows = {"target alone": alone | {"seconds": 1.0, "nats": [1.0, 2.0, 3.0, 6.0]},
+            "draft alone": alone | {"seconds": 0.2, "nats": [9.0, 9.0]},
+            "draft, k = 2": checked | {"k": 2, "seconds": 0.5, "nats": [4.0, 4.0]},
+            "lookup, k = 4": checked | {"k": 4, "passes": 80, "seconds": 0.4, "nats": [4.0, 4.0]}}
+    speculative_decoding.show_workload("made up", rows)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "c = 0.20 passes" in printed  # 1 + 0.75 + 0.75^2 = 2.31 tokens per pass, each 2 * 0.2 + 1 passes long
+    assert "draft, k = 2 75.0% 70.0% 2.50 2.31 5.00 2.00 1.65 0.75" in printed
+    assert "draft, k = 2 saves the most passes of the target: 60%. Fastest: lookup, k = 4, 2.50 times" in printed
+    assert "target alone 3.00 +- 1.08 nats, with speculation (all rows) 4.00" in printed
+
+
+def test_texts_are_compared_with_those_of_the_target_and_scored_under_it(monkeypatch):
+    target, draft = tiny(decoder_only), tiny(decoder_only, 1)
+    monkeypatch.setattr(speculative_decoding, "NUM_PROPOSALS", (2,))
+    monkeypatch.setattr(speculative_decoding, "nats", lambda model, prompt, new: model is target)
+    rows = speculative_decoding.measure(target, draft, PROMPTS[:2], 0.0, tqdm(disable=True))
+    assert [row["same"] for name, row in rows.items()] == [2, 0] + [2] * (len(rows) - 2)
+    rows = speculative_decoding.measure(target, draft, PROMPTS[:1], 1.0, tqdm(disable=True))
+    assert all(row["nats"] == [True] for row in rows.values())
+
+
+def test_nats_are_minus_the_log_probability_of_the_new_tokens():
+    target, new = tiny(decoder_only), [20, 21, decoder_only.EOS_ID]
+    p = next_token_distribution(target(torch.tensor([PROMPTS[1] + new]))[0], 1.0)
+    expected = -sum(p[len(PROMPTS[1]) - 1 + i, token].log().item() for i, token in enumerate(new))
+    assert speculative_decoding.nats(target, PROMPTS[1], new) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
     small = dict(d_model=16, num_layers=1, num_heads=2, d_ff=16)
     printed = run_main(speculative_decoding, num_train=8, TARGET=small, DRAFT=small, NUM_EPOCHS=(1, 2), BATCH_SIZE=4,
