@@ -196,7 +196,7 @@ def test_the_masks_hide_padding_and_the_future(figures):
     }
     assert masks["cross-attention"][1:] == (["<SOS>", "forty", "two", "<PAD>", "<PAD>"], ["4", "2", "<EOS>", "<PAD>"])
     for axes, (name, (mask, _, _)) in zip(figures["masks"].axes, masks.items()):
-        assert axes._left_title.get_text() == name and axes.yaxis_inverted()  # the first row on top
+        assert axes.get_title("left") == name and axes.yaxis_inverted()  # the first row on top
         assert torch.equal(torch.tensor(axes.collections[0].get_array()) > 0, mask)
 
 
@@ -428,7 +428,7 @@ def test_each_panel_of_the_strategies_holds_all_of_the_probability_and_an_outlin
     own = found["temperature 1"].topk(7).values.tolist()
     for axes, (name, probabilities) in zip(figure.axes, found.items()):
         widths = [bar.get_width() for bar in axes.patches]
-        assert axes._left_title.get_text() == name and len(widths) == 16
+        assert axes.get_title("left") == name and len(widths) == 16
         assert [sum(widths[:8]), sum(widths[8:])] == pytest.approx([1, 1], abs=1e-5)
         assert widths[0] == pytest.approx(probabilities.max().item()) and widths[8:15] == pytest.approx(own)
     words = toy_dataset.to_tokens(found["temperature 1"].topk(7).indices.tolist())
