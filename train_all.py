@@ -453,7 +453,7 @@ def save_state(job, model, optimizer, state: dict) -> None:
                      "optimizer": optimizer.state_dict()}
     # One line per step. No timestamps, so identical runs write identical files.
     lines = ",\n".join(json.dumps(entry) for entry in state["history"])
-    # The history first: a run that is saved as finished does not come here again.
+    # The checkpoint last: once it says finished, the run is never resumed, and what was not written stays so.
     write_atomically(path_of(job, "history.json"), lambda path: path.write_text(f"[\n{lines}\n]\n"))
     write_atomically(path_of(job, "last.pt"), lambda path: torch.save(whole, path))
 
@@ -593,7 +593,7 @@ def train_one(job) -> dict:
             bar.update()
             state["finished"] = step + 1 == len(plan) or state["evaluations_since_best"] >= EARLY_STOPPING_PATIENCE
             if state["finished"] and RANK == 0:
-                # Before save_state, for the same reason as the history there.
+                # Before save_state: a run that is saved as finished does not come here again.
                 job.module.save(load_best(job), job.module.CHECKPOINT.with_name(f"{job.name}.pt"))
             if RANK == 0 and (state["finished"] or stopping or (step + 1) % CHECKPOINT_EVERY == 0):
                 save_state(job, model, optimizer, state)

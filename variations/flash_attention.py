@@ -14,8 +14,9 @@ scores come in ("online softmax"). For each tile of keys, with scores S and an o
     O = factor * O + exp(S - m_new) V                       at the end: output = O / total
 
 The backward pass needs the weights again. They are recomputed, tile by tile, from the scores and the stored m and
-total, two numbers for each query: P = exp(S - m) / total. The rest is the derivative of softmax, with
-D = sum(dO * output):
+total, two numbers for each query: P = exp(S - m) / total. (FlashAttention-2 stores one, m + ln total. In a row with
+nothing to attend to, m is the most negative number, and the sum would lose ln total to rounding.) The rest is the
+derivative of softmax, with D = sum(dO * output):
 
     dV = P^T dO,    dS = P * (dO V^T - D),    dQ = dS K / sqrt(d_k),    dK = dS^T Q / sqrt(d_k)
 
@@ -28,11 +29,11 @@ O = 2 + 4 = 6. Output 6 / 2 = 3. In one piece: (1 * 8 + 2 * 0 + 4 * 0 + 1 * 16) 
 tensor([[3.]])
 
 Papers: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022 (FlashAttention; algorithm 1, backward in appendix
-B.4); Rabe & Staats 2021 (memory). Simplified: each tile takes several PyTorch operations, in a Python loop, and tiles
-that the causal mask hides entirely are computed anyway. The mask comes in whole, T x T booleans that the columns of
-memory leave out; kernels compute it from the indices. What this can show is the memory, which grows with T, not
-with T squared. What it cannot show is the speed: that comes from doing all of this in one kernel, in the GPU's fast
-on-chip memory. F.scaled_dot_product_attention has such kernels, and is in the table.
+B.4); Dao 2023 (FlashAttention-2, section 3.1); Rabe & Staats 2021 (memory). Simplified: each tile takes several PyTorch
+operations, in a Python loop, and tiles that the causal mask hides entirely are computed anyway. The mask comes in
+whole, T x T booleans that the columns of memory leave out; kernels compute it from the indices. What this can show is
+the memory, which grows with T, not with T squared. What it cannot show is the speed: that comes from doing all of this
+in one kernel, in the GPU's fast on-chip memory. F.scaled_dot_product_attention has such kernels, and is in the table.
 
 What you will see (about a minute on two CPU cores): for growing T the largest difference from the written-out version,
 the bytes kept for the backward pass, the peak memory and the milliseconds of forward and backward; then the decoder

@@ -20,8 +20,8 @@ where it would take 4 GiB with 32 heads:
 
 A trained MHA model can be converted: average the key and value heads of each group ("mean pooling") and continue
 training for 5% of the original steps; the paper reports that most of the quality is recovered. The experiment compares
-this with keeping the first head of each group, and with the MHA model trained for the same additional steps. 5% is
-little here, a dozen steps; their learning rate was not searched.
+this with keeping the first head of each group, and with the MHA model trained for the same additional steps. Here
+5% is a dozen steps, and the learning rate of these steps was not searched.
 
 Papers: Shazeer 2019 (MQA); Ainslie et al. 2023 (GQA; section 2.1 for the conversion, 2.2 for the groups). Simplified:
 the models are trained on names only (no loss on the prompt), so that they are good enough to compare within seconds;

@@ -31,7 +31,7 @@ The task. A decoder that names numbers in English learns a dialect with the same
 German ("two forty" for 42), from 1,000 examples. Nothing in the prompt says which language is wanted. So a model that
 speaks the dialect perfectly answers every number in it, and its accuracy in English is exactly the share of names that
 are the same in both. That floor is printed: down to it, lower accuracy in English is what the task demands; below it,
-something was damaged.
+fine-tuning did damage.
 
 Papers: Hu et al. 2021 (LoRA, section 4.1); Houlsby et al. 2019 (adapters, section 2.1); Li & Liang 2021 (prefix tuning,
 section 4); Lester et al. 2021 (prompt tuning, section 2); Ben Zaken et al. 2021 (BitFit). Simplified: LoRA is on all
@@ -466,15 +466,15 @@ def main() -> None:
     others = {method: row["dialect"] for method, row in found.items() if row["dialect"] is not full}
     equal = [method for method, values in others.items() if not differ(values, full)]
     above = [method for method, values in others.items() if min(values) > max(full)]
-    say(f"Within seed noise of full fine-tuning (the ranges overlap): {', '.join(equal) or 'none'}. Above it: "
-        f"{', '.join(above) or 'none'}.")
+    say(f"Within seed noise of full fine-tuning (the ranges overlap): {'; '.join(equal) or 'none'}. Above it: "
+        f"{'; '.join(above) or 'none'}.")
     below = [method for method, row in found.items() if statistics.mean(row["dialect"]) < untouched]
     edge = [method for method, row in found.items() if row["rate"] in (LEARNING_RATES[0], LEARNING_RATES[-1])]
-    say(f"Worse in the dialect than the base without any training: {', '.join(below) or 'none'}. Best at the lowest "
-        f"or highest learning rate tried, so perhaps better still beyond it: {', '.join(edge) or 'none'}.")
+    say(f"Worse in the dialect than the base without any training: {'; '.join(below) or 'none'}. Best at the lowest "
+        f"or highest learning rate tried, so perhaps better still beyond it: {'; '.join(edge) or 'none'}.")
     say(f"{floor:.1%} of the names are the same in both languages: the score in one of a perfect model of the other.")
     exact = [method for method, row in found.items() if all(row["same"])]
-    say(f"With the trained part removed, the logits are bit-identical to the base's: {', '.join(exact) or 'none'}. "
+    say(f"With the trained part removed, the logits are bit-identical to the base's: {'; '.join(exact) or 'none'}. "
         "The others overwrite parameters of the base; undoing that requires the old values, as many bytes again.")
 
     print("\nTWO DIALECTS, one base and a LoRA adapter of rank 4 for each: exact match by language\n\n  "

@@ -440,8 +440,9 @@ def main() -> None:
     trained = {name: statistics.mean(share for pairs, share in zip(TEST_PAIRS, accuracies[name])
                                      if pairs in TRAIN_PAIRS) for name in ENCODINGS}
     slow = [f"{name} ({share:.0%})" for name, share in trained.items() if share < 0.9]
-    say(f"At the trained lengths, on average below 90% after {NUM_STEPS} steps: {', '.join(slow) or 'none'}. What "
-        "these miss beyond is not a failure to extrapolate alone.")
+    if slow:
+        say(f"At the trained lengths, on average below 90% after {NUM_STEPS} steps: {', '.join(slow)}. What these miss "
+            "beyond is not a failure to extrapolate alone.")
 
     print(f"\n(b) BASE TASK, {NUM_EPOCHS} epochs: held-out numbers misnamed, mean of {len(SEEDS)} seeds (range)\n")
     print(f"  {'':12}{'with a zero':>24}{'without':>24}")

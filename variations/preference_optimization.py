@@ -365,14 +365,14 @@ def main() -> None:
     Z = 1 - mean_by_3 + mean_by_3 * math.exp(1 / SHORTCUT[0])
     best = sum(number in easy for number in start_numbers) / len(start_numbers) * math.exp(1 / SHORTCUT[0]) / Z
     divisible = sum(number % 3 == 0 for number in others) / max(1, len(others))
-    # Without learning it: the share among the start model's other numbers of the same lengths.
-    lengths = Counter(len(str(number)) for number in start_numbers if number is not None and number not in easy)
-    by_length = Counter(len(str(number)) for number in start_numbers
-                        if number is not None and number not in easy and number % 3 == 0)
-    chance = sum(by_length[len(str(number))] / max(1, lengths[len(str(number))]) for number in others)
+    # What is expected of a policy that has learned nothing else: the start model's share at the same lengths.
+    at_start = [number for number in start_numbers if number is not None and number not in easy]
+    all_by_length = Counter(len(str(number)) for number in at_start)
+    divisible_by_length = Counter(len(str(number)) for number in at_start if number % 3 == 0)
+    expected = sum(divisible_by_length[len(str(number))] / max(1, all_by_length[len(str(number))]) for number in others)
     say(f"Numbers made of 0, 3, 6 and 9 alone are {sum(number in easy for number in numbers) / NUM_SAMPLES:.1%} of the "
         f"texts; of the optimum's they would be {best:.1%}. Of all other numbers, {divisible:.1%} are divisible by 3 "
-        f"(of the start model's other numbers of the same lengths: {chance / max(1, len(others)):.1%}).")
+        f"(of the start model's other numbers of the same lengths: {expected / max(1, len(others)):.1%}).")
     save_figure(draw(rows, mean_reward), FIGURE)
 
 

@@ -193,4 +193,4 @@ def test_the_experiment_runs_end_to_end_and_says_what_it_found(run_main):
                        NUM_STEPS=2, BATCH_SIZE=4, LEARNING_RATES=(1e-3, 1e-2), NUM_VALIDATION=10, NUM_TESTS=10,
                        SEEDS=(0, 1))
     assert all(f"  {method} " in printed for method in METHODS)
-    assert f"bit-identical to the base's: {', '.join(ADDED)}." in " ".join(printed.split())
+    assert f"bit-identical to the base's: {'; '.join(ADDED)}." in " ".join(printed.split())
